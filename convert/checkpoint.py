@@ -1,0 +1,112 @@
+"""The values a checkpoint is while it travels from files to canonical names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from .architecture import Architecture
+from .tensors import LazyTensor
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How many ways the model was split when it was written."""
+
+    tp: int = 1
+    pp: int = 1
+    vpp: int = 1
+    ep: int = 1
+
+    def __str__(self) -> str:
+        text = f"TP{self.tp} x PP{self.pp}"
+        text += f" x VPP{self.vpp}" if self.vpp > 1 else ""
+        return text + (f" x EP{self.ep}" if self.ep > 1 else "")
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """What one rank's model chunk holds, under the names in its file.
+
+    `where` names the file in messages; `tp`, `pp`, `vpp`, `ep` are the rank's coordinates, `args`
+    Megatron's arguments as this rank stored them.
+    """
+
+    where: str
+    tensors: Mapping[str, LazyTensor]
+    args: Mapping[str, object] | None = None
+    tp: int = 0
+    pp: int = 0
+    vpp: int = 0
+    ep: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class RawCheckpoint:
+    """What a format reader found: shards under the writer's own names, nothing joined.
+
+    Attributes:
+        format: `torch`, `torch_dist`, ...
+        folder: the folder the files are in.
+        iteration: training step, or None for a release.
+        args: Megatron's arguments by name, or None if the checkpoint has none.
+        checkpoint_version: Megatron's stamp, 0 if missing.
+        dropped: kind of state -> names of what was left out on purpose.
+        evidence: why the reader decided for this format.
+        num_files: files that hold model tensors.
+        iterations: all iterations in the same root.
+    """
+
+    format: str
+    folder: str
+    layout: Layout
+    shards: tuple[Shard, ...]
+    iteration: int | None = None
+    args: Mapping[str, object] | None = None
+    checkpoint_version: float = 3.0
+    dropped: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    evidence: tuple[str, ...] = ()
+    num_files: int = 0
+    iterations: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Replicas:
+    """Tensors that must hold the same bytes: copies of one parameter on several ranks."""
+
+    name: str
+    tensors: tuple[LazyTensor, ...]
+    where: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A model under canonical names: unsharded, global layer numbers, metadata only.
+
+    Canonical names are those of Megatron-Core's distributed checkpoints, with numbered layers.
+    """
+
+    format: str
+    folder: str
+    layout: Layout
+    dialect: str
+    architecture: Architecture
+    tensors: Mapping[str, LazyTensor]
+    iteration: int | None
+    args: Mapping[str, object]
+    replicas: tuple[Replicas, ...]
+    dropped: Mapping[str, tuple[str, ...]]
+    warnings: tuple[str, ...]
+    evidence: tuple[str, ...]
+    num_files: int
+    iterations: tuple[int, ...]
+
+    @property
+    def num_parameters(self) -> int:
+        """Elements of all tensors, vocabulary padding included."""
+        return sum(tensor.num_elements for tensor in self.tensors.values())
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all tensors as stored."""
+        return sum(tensor.num_bytes for tensor in self.tensors.values())

@@ -1,0 +1,332 @@
+"""The `mtt` command: parses, calls one library function, reports.
+
+Handlers live in `commands/` and are imported when they are called, so that `mtt --help` needs
+nothing but the standard library. Only this module and `commands/` print.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import importlib
+import json
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from .errors import MTTError, UsageError
+from .version import __version__
+
+EXIT_DIFFERENT, EXIT_USAGE, EXIT_BUG, EXIT_INTERRUPTED = 1, 2, 70, 130
+_EPILOG = """\
+examples:
+  mtt demo                                     see the main job on a tiny model
+  mtt inspect /checkpoints/gpt                 what is in there, without reading the weights
+  mtt convert /checkpoints/gpt out             Megatron shards to a Hugging Face folder
+  mtt generate out --prompt "Once upon a time"
+
+Every command has its own help: mtt convert --help
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Returns:
+        The exit code: 0 done or equal, 1 differences, 2 usage, 3 source, 4 target, 5 network,
+        70 a bug of mtt, 130 interrupted.
+    """
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    args = build_parser().parse_args(arguments)
+    try:
+        handler = importlib.import_module(f".commands.{args.command}", __package__)
+        return int(handler.run(args))
+    except MTTError as error:
+        return _report(args, error.code, error.message, error, error.exit_code)
+    except KeyboardInterrupt:
+        again = "mtt " + " ".join(map(shlex.quote, arguments))
+        print(
+            f"\ninterrupted; nothing that looks whole was left\n  again: {again}", file=sys.stderr
+        )
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        message = f"mtt failed: {type(error).__name__}: {error}"
+        fix = "this is a bug of mtt: report it with the output of the same command and --debug"
+        return _report(args, "bug", message, MTTError(message, fix=fix), EXIT_BUG)
+
+
+def _report(args: argparse.Namespace, code: str, message: str, error: MTTError, exit: int) -> int:
+    if getattr(args, "debug", False):
+        raise
+    details = {"found": error.found, "expected": error.expected, "fix": error.fix}
+    if getattr(args, "json", False):
+        body = {"schema": 1, "command": args.command, "status": "error", "code": code}
+        print(json.dumps({**body, "message": message, **details}))
+    print(f"error: {error}", file=sys.stderr)
+    return exit
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors in the shape all errors of mtt have."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"error: {message}\n  fix:      see {self.prog} --help", file=sys.stderr)
+        raise SystemExit(EXIT_USAGE)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All commands and their options."""
+    parser = _Parser(
+        prog="mtt",
+        description="Megatron checkpoints as Hugging Face models: convert, check, use.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"mtt {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _demo(commands)
+    _inspect(commands)
+    _convert(commands)
+    _diff(commands)
+    _verify(commands)
+    _generate(commands)
+    return parser
+
+
+def _command(
+    commands: argparse._SubParsersAction[_Parser], name: str, summary: str, *examples: str
+) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        name,
+        help=summary,
+        description=summary[0].upper() + summary[1:] + ".",
+        epilog="examples:\n" + "\n".join(f"  {example}" for example in examples),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def _add_source_options(parser: argparse.ArgumentParser) -> None:
+    """What every command that opens a Megatron checkpoint accepts."""
+    parser.add_argument(
+        "--iteration",
+        "--ckpt-step",
+        type=int,
+        metavar="N",
+        help="which iteration; default: the one the tracker file names",
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="a Megatron argument the checkpoint lacks or has wrong; may be repeated",
+    )
+    parser.add_argument(
+        "--config", metavar="FILE", help="a JSON file of such arguments; --set wins over it"
+    )
+    parser.add_argument(
+        "--skip-key",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="an entry to leave out that is not part of the model; may be repeated",
+    )
+
+
+def _add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+
+
+def _demo(commands: argparse._SubParsersAction[_Parser]) -> None:
+    parser = _command(
+        commands,
+        "demo",
+        "convert and run the sample checkpoint, step by step",
+        "mtt demo",
+        "mtt demo --output sample-hf     keep the converted folder",
+    )
+    parser.add_argument("--output", metavar="OUT", help="keep the converted folder here")
+
+
+def _inspect(commands: argparse._SubParsersAction[_Parser]) -> None:
+    parser = _command(
+        commands,
+        "inspect",
+        "show what a checkpoint is, without reading its weights",
+        "mtt inspect /checkpoints/gpt",
+        "mtt inspect /checkpoints/gpt --iteration 1000 --json",
+    )
+    parser.add_argument("source", metavar="CKPT", help="Megatron's --save folder, or one iteration")
+    _add_source_options(parser)
+    _add_json(parser)
+
+
+def _convert(commands: argparse._SubParsersAction[_Parser]) -> None:
+    parser = _command(
+        commands,
+        "convert",
+        "convert a Megatron checkpoint to a Hugging Face folder",
+        "mtt convert /checkpoints/gpt out",
+        "mtt convert /checkpoints/gpt out --tokenizer gpt2-vocab.json --dtype bfloat16",
+        "mtt convert /checkpoints/gpt out --dry-run",
+    )
+    parser.add_argument("source", metavar="CKPT", help="Megatron's --save folder, or one iteration")
+    parser.add_argument("target", metavar="OUT", help="a new or empty folder")
+    parser.add_argument("--to", default="hf", choices=("hf",), help="target format (default: hf)")
+    parser.add_argument(
+        "--model-type", default="mtt", metavar="NAME", help="Hugging Face family (default: mtt)"
+    )
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        help="element type to write (default: auto, as stored)",
+    )
+    parser.add_argument(
+        "--tokenizer",
+        metavar="PATH",
+        help="a folder, vocab.json beside merges.txt, tokenizer.json, or none; "
+        "default: what the checkpoint names, if it is there",
+    )
+    parser.add_argument(
+        "--vocab-padding",
+        choices=("keep", "trim"),
+        help="rows that only pad the vocabulary; default: trim if the true size is known",
+    )
+    parser.add_argument(
+        "--max-shard-size", default="5GB", metavar="SIZE", help="per file (default: 5GB)"
+    )
+    parser.add_argument(
+        "--replicated",
+        default="error",
+        choices=("error", "first"),
+        help="if ranks hold different copies of a parameter (default: error)",
+    )
+    parser.add_argument(
+        "--workers", type=int, metavar="N", help="threads (default: CPUs, at most 8)"
+    )
+    parser.add_argument(
+        "--hash",
+        default="xxh3",
+        choices=("xxh3", "sha256", "none"),
+        help="per tensor, for the manifest (default: xxh3)",
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace an earlier conversion in OUT"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print the plan and write nothing")
+    _add_source_options(parser)
+    _add_json(parser)
+
+
+def _diff(commands: argparse._SubParsersAction[_Parser]) -> None:
+    parser = _command(
+        commands,
+        "diff",
+        "compare two checkpoints tensor by tensor, bit by bit",
+        "mtt diff /checkpoints/tp4 /checkpoints/tp8",
+        "mtt diff /checkpoints/gpt out",
+    )
+    parser.add_argument("first", metavar="A", help="a Megatron checkpoint or a converted folder")
+    parser.add_argument("second", metavar="B", help="another one")
+    _add_json(parser)
+
+
+def _verify(commands: argparse._SubParsersAction[_Parser]) -> None:
+    parser = _command(
+        commands,
+        "verify",
+        "read a converted folder again and compare it with its manifest",
+        "mtt verify out",
+        "mtt verify out --logits reference.npz     also run the model",
+    )
+    parser.add_argument("folder", metavar="OUT", help="a folder that mtt convert wrote")
+    parser.add_argument(
+        "--logits",
+        metavar="FILE",
+        help="an .npz with input_ids and logits to compare the model's with, in float32",
+    )
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        default=1e-4,
+        metavar="X",
+        help="largest difference of a logit that counts as equal (default: 1e-4)",
+    )
+    _add_json(parser)
+
+
+def _generate(commands: argparse._SubParsersAction[_Parser]) -> None:
+    parser = _command(
+        commands,
+        "generate",
+        "continue a text with a converted folder or a Megatron checkpoint",
+        'mtt generate out --prompt "Once upon a time"',
+        'mtt generate /checkpoints/gpt --tokenizer gpt2-folder --prompt "Once upon a time"',
+    )
+    parser.add_argument("source", metavar="OUT_OR_CKPT", help="a converted folder or a checkpoint")
+    parser.add_argument("--prompt", required=True, help="the text to continue")
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=64, metavar="N", help="at most (default: 64)"
+    )
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=0.0,
+        metavar="T",
+        help="0 takes the likeliest token every time (default: 0)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="for temperatures above 0 (default: 0)")
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        help="element type to compute in (default: auto, as stored)",
+    )
+    parser.add_argument("--tokenizer", metavar="PATH", help="if it is not with the model")
+    _add_source_options(parser)
+    _add_json(parser)
+
+
+def overrides(args: argparse.Namespace) -> dict[str, object]:
+    """The values of `--config` and `--set`.
+
+    Raises:
+        UsageError: something is not NAME=VALUE, or the file is no JSON object.
+    """
+    values: dict[str, object] = {}
+    if args.config:
+        try:
+            with open(args.config, encoding="utf-8") as file:
+                values.update(json.load(file))
+        except (OSError, ValueError, TypeError) as error:
+            raise UsageError(
+                f"{args.config} cannot be used",
+                found=str(error),
+                expected="a JSON object of Megatron arguments",
+            ) from error
+    for text in args.set:
+        name, equals, value = text.partition("=")
+        if not name or not equals:
+            raise UsageError(f"--set {text} is not understood", expected="--set NAME=VALUE")
+        values[name.strip().lstrip("-").replace("-", "_")] = _value(value)
+    return values
+
+
+def _value(text: str) -> object:
+    words: dict[str, object] = {"true": True, "false": False, "none": None, "null": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text

@@ -1,0 +1,63 @@
+"""`mtt demo`: the main job on the sample checkpoint, one printed step after the other."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+from importlib.resources import as_file, files
+
+from ..cli import EXIT_DIFFERENT, build_parser
+from ..logits import compare_logits, load_model
+from ..tokenizer import read_tokenizer
+from . import convert, diff, inspect, verify
+from .generate import generate, load_tokenizer
+
+_TOLERANCE = 1e-4
+
+
+def run(args: argparse.Namespace) -> int:
+    """Inspect, convert, compare, load, generate; 1 if any step gives the wrong result."""
+    with (
+        as_file(files("mtt_convert") / "sample") as sample,
+        tempfile.TemporaryDirectory() as scratch,
+    ):
+        output = args.output or os.path.join(scratch, "sample-hf")
+        return _steps(str(sample), output)
+
+
+def _steps(sample: str, output: str) -> int:
+    print("A tiny GPT in four Megatron shards (TP2 x PP2) becomes a Hugging Face model.\n")
+    for handler, words in (
+        (inspect, ["inspect", sample]),
+        (convert, ["convert", sample, output]),
+        (verify, ["verify", output]),
+        (diff, ["diff", sample, output]),
+    ):
+        print(f"$ mtt {' '.join(words)}")
+        status: int = handler.run(build_parser().parse_args(words))
+        if status:
+            return status
+        print()
+    print("compare with the logits Megatron-Core computed")
+    difference = compare_logits(output, os.path.join(sample, "reference.npz"))
+    print(f"  largest difference {difference:.2g}, allowed {_TOLERANCE:g}\n")
+    print("load with AutoModelForCausalLM and AutoTokenizer, continue twelve prompts")
+    return EXIT_DIFFERENT if not _texts(sample, output) or difference > _TOLERANCE else 0
+
+
+def _texts(sample: str, output: str) -> bool:
+    model = load_model(output)
+    tokenizer = load_tokenizer(read_tokenizer(output))
+    with open(os.path.join(sample, "prompts.json"), encoding="utf-8") as file:
+        examples = json.load(file)
+    num_right = 0
+    for example in examples:
+        text = generate(model, tokenizer, example["prompt"])
+        num_right += text == example["text"]
+        print(f"  {example['prompt']}|{text.removeprefix(example['prompt'])}")
+    print(
+        f"\n{num_right} of {len(examples)} texts are word for word what the model was trained on."
+    )
+    return num_right == len(examples)

@@ -1,0 +1,33 @@
+"""`mtt diff`: two checkpoints, bit by bit."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+
+from ..cli import EXIT_DIFFERENT
+from ..comparing import diff
+from .console import print_json, progress_bar
+
+
+def run(args: argparse.Namespace) -> int:
+    """Compare; 0 if all tensors are equal, 1 if not."""
+    with progress_bar("comparing") as progress:
+        result = diff(args.first, args.second, progress=progress)
+    different = bool(result.differences)
+    if args.json:
+        body = {
+            "source": args.first,
+            "output": args.second,
+            "tensors": result.num_equal,
+            "differences": [asdict(item) for item in result.differences],
+            "warnings": list(result.notes),
+        }
+        print_json("diff", "different" if different else "equal", body)
+        return EXIT_DIFFERENT if different else 0
+    for note in result.notes:
+        print(f"note: {note}")
+    for item in result.differences:
+        print(f"{item.name}: {item.text}")
+    print(f"{result.num_equal} tensors are equal, {len(result.differences)} differ")
+    return EXIT_DIFFERENT if different else 0

@@ -1,0 +1,85 @@
+"""`mtt inspect`: what a checkpoint is."""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from dataclasses import asdict
+
+from ..checkpoint import Checkpoint
+from ..cli import overrides
+from ..pipeline import open_checkpoint
+from .console import dropped_text, print_json, print_table, print_warnings, size
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the facts of one checkpoint."""
+    checkpoint = open_checkpoint(
+        args.source,
+        iteration=args.iteration,
+        overrides=overrides(args),
+        skip_keys=args.skip_key,
+    )
+    if args.json:
+        print_json("inspect", "ok", _facts(checkpoint))
+    else:
+        _print(checkpoint)
+        print_warnings(checkpoint.warnings)
+    return 0
+
+
+def _facts(checkpoint: Checkpoint) -> dict[str, object]:
+    return {
+        "source": checkpoint.folder,
+        "format": checkpoint.format,
+        "dialect": checkpoint.dialect,
+        "evidence": list(checkpoint.evidence),
+        "iteration": checkpoint.iteration,
+        "iterations": list(checkpoint.iterations),
+        "layout": asdict(checkpoint.layout),
+        "architecture": asdict(checkpoint.architecture),
+        "parameters": checkpoint.num_parameters,
+        "tensors": len(checkpoint.tensors),
+        "bytes": checkpoint.num_bytes,
+        "files": checkpoint.num_files,
+        "dtypes": dict(_dtypes(checkpoint)),
+        "dropped": {kind: list(names) for kind, names in checkpoint.dropped.items()},
+        "warnings": list(checkpoint.warnings),
+    }
+
+
+def _print(checkpoint: Checkpoint) -> None:
+    a = checkpoint.architecture
+    kind = "gated " if a.gated_linear_unit else ""
+    biases = "all linears" if a.add_bias_linear else "qkv only" if a.has_qkv_bias else "none"
+    true_size = a.vocab_size or "true size unknown"
+    iteration = "release" if checkpoint.iteration is None else checkpoint.iteration
+    others = [n for n in checkpoint.iterations if n != checkpoint.iteration]
+    print(checkpoint.folder)
+    print_table(
+        (
+            ("format", f"{checkpoint.format} ({'; '.join(checkpoint.evidence)})"),
+            ("iteration", iteration),
+            ("also here", ", ".join(map(str, others))),
+            ("layout", checkpoint.layout),
+            ("files", checkpoint.num_files),
+            ("parameters", f"{checkpoint.num_parameters:,} in {len(checkpoint.tensors)} tensors"),
+            ("size", size(checkpoint.num_bytes)),
+            ("dtypes", ", ".join(f"{n} x {d}" for d, n in _dtypes(checkpoint).items())),
+            ("layers", a.num_layers),
+            ("hidden", a.hidden_size),
+            ("attention", f"{a.num_attention_heads} heads of {a.kv_channels}"),
+            ("groups", f"{a.num_query_groups}{', qk layernorm' if a.qk_layernorm else ''}"),
+            ("mlp", f"{a.ffn_hidden_size}, {kind}{a.activation}"),
+            ("norm", f"{a.normalization}, eps {a.layernorm_epsilon:g}"),
+            ("positions", f"{a.position_embedding_type}, {a.max_position_embeddings}"),
+            ("biases", biases),
+            ("vocabulary", f"{a.padded_vocab_size} rows, {true_size}"),
+            ("head", "own" if a.untie_embeddings_and_output_weights else "tied to the embedding"),
+            ("left out", dropped_text(checkpoint.dropped)),
+        )
+    )
+
+
+def _dtypes(checkpoint: Checkpoint) -> Counter[str]:
+    return Counter(tensor.dtype.name for tensor in checkpoint.tensors.values())

@@ -1,0 +1,235 @@
+"""Two checkpoints tensor by tensor, or one against the hashes in its manifest."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from . import manifest
+from .dtypes import DType
+from .errors import CorruptError, IncompleteError
+from .execute import Progress
+from .families import mtt
+from .formats import hf_safetensors
+from .pipeline import open_checkpoint
+from .reading import FileReader, stream, window_size
+from .tensors import LazyTensor
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """What is different about one tensor, in words; `kind` is for scripts."""
+
+    name: str
+    kind: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """How two checkpoints compare.
+
+    Attributes:
+        num_equal: tensors that are equal in every bit.
+        differences: all others.
+        notes: what was done so that they could be compared.
+    """
+
+    num_equal: int
+    differences: tuple[Difference, ...]
+    notes: tuple[str, ...] = ()
+
+
+def diff(
+    first: str | os.PathLike[str],
+    second: str | os.PathLike[str],
+    *,
+    progress: Progress | None = None,
+) -> Comparison:
+    """Compare two checkpoints of any readable kind, bit by bit.
+
+    Two Megatron checkpoints are compared under canonical names; if one is a Hugging Face folder,
+    under its names. Vocabulary padding that only one has is left out, with a note.
+
+    Raises:
+        SourceError: one of them cannot be read.
+    """
+    a, b = _Side(os.fspath(first)), _Side(os.fspath(second))
+    notes: list[str] = []
+    if a.is_hugging_face or b.is_hugging_face:
+        left, right = a.hugging_face(b, notes), b.hugging_face(a, notes)
+    else:
+        left, right = a.canonical(), b.canonical()
+    found = [Difference(n, "only_first", f"only in {first}") for n in left if n not in right]
+    found += [Difference(n, "only_second", f"only in {second}") for n in right if n not in left]
+    common = [name for name in left if name in right]
+    total, done, num_equal = sum(left[name].num_bytes for name in common), 0, 0
+    with FileReader() as reader, FileReader() as other:
+        for name in common:
+            text = _difference(left[name], right[name], reader, other)
+            if text is None:
+                num_equal += 1
+            else:
+                found.append(Difference(name, *text))
+            done += left[name].num_bytes
+            if progress:
+                progress(done, total)
+    return Comparison(num_equal, tuple(found), tuple(notes))
+
+
+class _Side:
+    """One of two checkpoints, under whichever names the comparison needs."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.is_hugging_face = os.path.isdir(path) and hf_safetensors.holds_model(path)
+        if self.is_hugging_face:
+            self._tensors: Mapping[str, LazyTensor] = hf_safetensors.read_tensors(path)
+        else:
+            self._checkpoint = open_checkpoint(path)
+
+    def canonical(self) -> Mapping[str, LazyTensor]:
+        return self._checkpoint.tensors
+
+    def hugging_face(self, other: _Side, notes: list[str]) -> Mapping[str, LazyTensor]:
+        if self.is_hugging_face:
+            return self._tensors
+        architecture = self._checkpoint.architecture
+        rows = architecture.vocab_size or architecture.padded_vocab_size
+        table = other._tensors.get("model.embed_tokens.weight") if other.is_hugging_face else None
+        if table is not None and table.shape and table.shape[0] <= architecture.padded_vocab_size:
+            rows = table.shape[0]
+        if rows < architecture.padded_vocab_size:
+            notes.append(
+                f"{self.path}: {rows} of {architecture.padded_vocab_size} vocabulary rows compared"
+            )
+        architecture = replace(architecture, vocab_size=rows)
+        return mtt.rules(architecture).apply(self._checkpoint.tensors, architecture)
+
+
+def _difference(
+    a: LazyTensor, b: LazyTensor, reader: FileReader, other: FileReader
+) -> tuple[str, str] | None:
+    """(kind, text) of a difference."""
+    if a.shape != b.shape:
+        return "shape", f"shape {list(a.shape)} and {list(b.shape)}"
+    if a.dtype != b.dtype:
+        return "dtype", f"{a.dtype} and {b.dtype}"
+    size = window_size(a, b)
+    count, largest = 0, 0.0
+    for x, y in zip(stream(a, reader, size), stream(b, other, size), strict=True):
+        if x != y:
+            left, right = as_float(x, a.dtype), as_float(y, b.dtype)
+            bits = np.frombuffer(x, f"u{a.dtype.itemsize}") != np.frombuffer(
+                y, f"u{a.dtype.itemsize}"
+            )
+            count += int(bits.sum())
+            with np.errstate(invalid="ignore", over="ignore"):
+                largest = max(largest, float(np.nanmax(np.abs(left - right), initial=0.0)))
+    if not count:
+        return None
+    return "values", f"{count} of {a.num_elements} elements differ, by up to {largest:.3g}"
+
+
+def as_float(window: memoryview, dtype: DType) -> np.ndarray:
+    """Elements of a window as float32 or float64, for arithmetic."""
+    if dtype.name == "bfloat16":
+        return (np.frombuffer(window, np.uint16).astype(np.uint32) << 16).view(np.float32)
+    kinds = {"float64": np.float64, "float32": np.float32, "float16": np.float16}
+    values = np.frombuffer(window, kinds.get(dtype.name, f"u{dtype.itemsize}"))
+    return values if dtype.name == "float64" else values.astype(np.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """What `verify` found.
+
+    Attributes:
+        num_tensors, num_bytes: what was read and hashed.
+        problems: bytes that are not those that were written.
+        warnings: bytes that are, but look wrong (NaN, infinity).
+    """
+
+    num_tensors: int
+    num_bytes: int
+    problems: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+
+def verify(folder: str | os.PathLike[str], *, progress: Progress | None = None) -> Verification:
+    """Read a converted folder again and compare every byte with its manifest.
+
+    Raises:
+        NotACheckpointError: it has no manifest.
+        IncompleteError: its conversion did not finish.
+    """
+    folder = os.fspath(folder)
+    record = manifest.read(folder)
+    if record["status"] != "complete":
+        raise IncompleteError(
+            f"the conversion of {folder} did not finish",
+            found=f"status {record['status']}",
+            expected="complete",
+            fix="convert again",
+        )
+    files: dict[str, dict[str, Any]] = record["files"]
+    problems, warnings = list(_documents(folder, record)), []
+    total, done = sum(file["bytes"] for file in files.values()), 0
+    num_tensors = 0
+    for name, entry in files.items():
+        try:
+            tensors = _file(folder, name, entry, record["hash"])
+        except (CorruptError, IncompleteError) as error:
+            problems.append(error.message)
+            continue
+        with FileReader() as reader:
+            for tensor_name, tensor in tensors.items():
+                digest, finite = _digest(tensor, record["hash"], reader)
+                if digest != entry["tensors"][tensor_name]:
+                    problems.append(f"{tensor_name} in {name} is not what was written")
+                elif not finite:
+                    warnings.append(f"{tensor_name} has values that are not finite")
+                num_tensors += 1
+                done += tensor.num_bytes
+                if progress:
+                    progress(done, total)
+    return Verification(num_tensors, done, tuple(problems), tuple(warnings))
+
+
+def _documents(folder: str, record: Mapping[str, Any]) -> Iterator[str]:
+    for name, expected in record["documents"].items():
+        try:
+            with open(os.path.join(folder, os.path.basename(name)), "rb") as file:
+                if manifest.digest(file.read(), record["hash"]) != expected:
+                    yield f"{name} was changed since it was written"
+        except OSError:
+            yield f"{name} is missing"
+
+
+def _file(
+    folder: str, name: str, entry: Mapping[str, Any], algorithm: str
+) -> dict[str, LazyTensor]:
+    path = os.path.join(folder, os.path.basename(name))
+    if not os.path.isfile(path):
+        raise IncompleteError(f"{name} is missing")
+    tensors = hf_safetensors.read_file(path)
+    with open(path, "rb") as file:
+        header = file.read(entry["bytes"] - sum(t.num_bytes for t in tensors.values()))
+    if manifest.digest(header, algorithm) != entry["header"] or set(tensors) != set(
+        entry["tensors"]
+    ):
+        raise CorruptError(f"the header of {name} is not what was written")
+    return tensors
+
+
+def _digest(tensor: LazyTensor, algorithm: str, reader: FileReader) -> tuple[str, bool]:
+    hasher = manifest.new_hasher(algorithm)
+    finite = True
+    for window in stream(tensor, reader):
+        hasher.update(window)
+        finite = finite and bool(np.isfinite(as_float(window, tensor.dtype)).all())
+    return hasher.hexdigest(), finite

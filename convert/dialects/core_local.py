@@ -1,0 +1,21 @@
+"""Megatron-Core with the local spec: norms are modules of their own.
+
+(megatron/core/models/gpt/gpt_layer_specs.py, `sharded_state_dict_keys_map`.)
+"""
+
+from ..mapping import Rule, RuleTable
+from . import core_te
+
+_NORMS = {
+    "self_attention.linear_qkv.layer_norm_{p}": "input_layernorm.{p}",
+    "mlp.linear_fc1.layer_norm_{p}": "pre_mlp_layernorm.{p}",
+}
+
+
+def _local(name: str) -> str:
+    for fused, separate in _NORMS.items():
+        name = name.replace(fused, separate)
+    return name
+
+
+RULES = RuleTable(*(Rule(_local(rule.source), rule.target) for rule in core_te.RULES.rules))

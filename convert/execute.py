@@ -1,0 +1,167 @@
+"""Runs a plan: bytes move from sources to a sink in windows of about 1 MB.
+
+    1  compare replicas: copies of one parameter must be equal before anything is written
+    2  every worker takes a file, streams its tensors in order, and hashes what it writes;
+       idle workers take tensors from the files that are left
+    3  the sink completes each file, then the documents
+
+Memory is the workers' windows, whatever the model's size.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from typing import Protocol
+
+from .casting import cast_window
+from .checkpoint import Replicas
+from .errors import InconsistentError
+from .manifest import new_hasher
+from .plan import ConversionPlan, PlannedFile, PlannedTensor
+from .reading import FileReader, stream, window_size
+from .tensors import LazyTensor
+
+Progress = Callable[[int, int], None]
+
+
+class Sink(Protocol):
+    """Where tensors go; calls come from several threads, but one tensor from one thread.
+
+    For every file: `write` at rising positions of each tensor, then `tensor_done` for each
+    tensor, and `file_done` once all its tensors are.
+    """
+
+    def write(
+        self, file: PlannedFile, tensor: PlannedTensor, position: int, data: memoryview
+    ) -> None:
+        """Bytes of a tensor from `position` bytes after its beginning."""
+
+    def tensor_done(self, file: PlannedFile, tensor: PlannedTensor, digest: str) -> None:
+        """All bytes of a tensor were written."""
+
+    def file_done(self, file: PlannedFile) -> None:
+        """All tensors of a file were written."""
+
+
+def check_replicas(replicas: Sequence[Replicas], reader: FileReader) -> None:
+    """Compare copies byte by byte.
+
+    Raises:
+        InconsistentError: two copies of a parameter differ.
+    """
+    for group in replicas:
+        first, *others = group.tensors
+        for where, other in zip(group.where[1:], others, strict=True):
+            if not same_bytes(first, other, reader):
+                raise InconsistentError(
+                    f"copies of {group.name} differ; nothing was written",
+                    found=f"one value in {group.where[0]}, another in {where}",
+                    expected="equal bytes on all ranks",
+                    fix="use files of one save, or --replicated first to take the first rank's",
+                )
+
+
+def same_bytes(first: LazyTensor, second: LazyTensor, reader: FileReader) -> bool:
+    """Whether two tensors have the same dtype, shape and bytes."""
+    if (first.dtype, first.shape) != (second.dtype, second.shape):
+        return False
+    size = window_size(first, second)
+    with FileReader() as other:
+        pairs = zip(stream(first, reader, size), stream(second, other, size), strict=True)
+        return all(a == b for a, b in pairs)
+
+
+def run(
+    plan: ConversionPlan,
+    sink: Sink,
+    *,
+    num_workers: int = 1,
+    algorithm: str = "xxh3_128",
+    progress: Progress | None = None,
+) -> None:
+    """Stream every tensor of the plan into the sink.
+
+    Args:
+        plan: what to write; its replicas are the caller's to check.
+        sink: where to.
+        num_workers: threads; each holds one window.
+        algorithm: hash reported per tensor.
+        progress: called with (bytes done, bytes in all), from one thread at a time.
+
+    Raises:
+        MTTError: whatever a source or the sink raises; other workers stop at their next window.
+    """
+    job = _Job(plan, sink, algorithm, progress)
+    if num_workers <= 1:
+        job.work()
+        return
+    with ThreadPoolExecutor(num_workers, thread_name_prefix="mtt") as pool:
+        workers = [pool.submit(job.work) for _ in range(num_workers)]
+    for worker in workers:
+        worker.result()
+
+
+class _Job:
+    """State that the workers of one run share."""
+
+    def __init__(
+        self, plan: ConversionPlan, sink: Sink, algorithm: str, progress: Progress | None
+    ) -> None:
+        self._sink, self._algorithm, self._progress = sink, algorithm, progress
+        self._lock = threading.Lock()
+        self._waiting = deque((file, deque(file.tensors)) for file in plan.files)
+        self._left = {file.name: len(file.tensors) for file in plan.files}
+        self._done, self._total = 0, sum(t.num_bytes for f in plan.files for t in f.tensors)
+        self._failed = False
+
+    def work(self) -> None:
+        with ExitStack() as stack:
+            reader = stack.enter_context(FileReader())
+            try:
+                for file, tensor in self._units():
+                    self._copy(reader, file, tensor)
+            except BaseException:
+                self._failed = True
+                raise
+
+    def _units(self) -> Iterator[tuple[PlannedFile, PlannedTensor]]:
+        """Tensors for one worker: files of its own first, then what others have not begun."""
+        own: tuple[PlannedFile, deque[PlannedTensor]] | None = None
+        while not self._failed:
+            with self._lock:
+                if own is None or not own[1]:
+                    own = next((entry for entry in self._waiting if entry[1]), None)
+                    if own is None:
+                        return
+                    self._waiting.remove(own)
+                    self._waiting.append(own)
+                tensor = own[1].popleft()
+            yield own[0], tensor
+
+    def _copy(self, reader: FileReader, file: PlannedFile, tensor: PlannedTensor) -> None:
+        hasher = new_hasher(self._algorithm)
+        position = 0
+        for window in stream(tensor.source, reader):
+            if self._failed:
+                return
+            data = cast_window(window, tensor.source.dtype, tensor.dtype)
+            hasher.update(data)
+            self._sink.write(file, tensor, position, data)
+            position += len(data)
+            self._advance(len(data))
+        self._sink.tensor_done(file, tensor, hasher.hexdigest())
+        with self._lock:
+            self._left[file.name] -= 1
+            complete = self._left[file.name] == 0
+        if complete:
+            self._sink.file_done(file)
+
+    def _advance(self, num_bytes: int) -> None:
+        with self._lock:
+            self._done += num_bytes
+            if self._progress:
+                self._progress(self._done, self._total)

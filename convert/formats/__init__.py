@@ -1,0 +1,66 @@
+"""Checkpoint formats: one module each, asked in this order which of them a folder is.
+
+A reader module has `NAME`, `holds_model(folder)` and `open_folder(place, skip_keys)`; a new
+format is one new file and one entry in `READERS`.
+"""
+
+from __future__ import annotations
+
+import os
+from types import ModuleType
+
+from ..errors import NotACheckpointError, UnsupportedError
+from . import megatron_torch, megatron_torch_dist
+from .folders import Place, listing, locate
+
+READERS: tuple[ModuleType, ...] = (megatron_torch_dist, megatron_torch)
+
+
+def find(path: str, iteration: int | None = None) -> tuple[ModuleType, Place]:
+    """The reader for a checkpoint, and the folder it should open.
+
+    Raises:
+        NotACheckpointError: no reader knows what is there.
+        UnsupportedError: it is a known format that mtt cannot read.
+    """
+    if os.path.isdir(path) and (refusal := _recognised(path)):
+        raise refusal
+
+    def holds_model(folder: str) -> bool:
+        return any(reader.holds_model(folder) for reader in READERS)
+
+    place = locate(path, iteration, holds_model)
+    for reader in READERS:
+        if reader.holds_model(place.folder):
+            return reader, place
+    raise _recognised(place.folder) or NotACheckpointError(
+        f"no model files in {place.folder}",
+        found=", ".join(listing(place.folder)[:6]) or "an empty folder",
+        expected="mp_rank_*/model_optim_rng.pt, or .metadata with *.distcp files",
+        fix="copy the iteration again from where it was written",
+    )
+
+
+def _recognised(folder: str) -> UnsupportedError | None:
+    """A clear refusal for formats that are known by name only."""
+    names = set(listing(folder))
+    found = None
+    if ".metadata" in names and "metadata.json" not in names:
+        found = "a plain torch.distributed checkpoint (torch_dcp or fsdp_dtensor)"
+    elif any(n.startswith("layer_") and n.endswith("-model_states.pt") for n in names):
+        found = "a Megatron-DeepSpeed checkpoint of layer files"
+    elif any(n.endswith("_model_states.pt") for n in names):
+        found = "a DeepSpeed checkpoint"
+    elif "zero" in names and "mp_rank_00_model_states.pt" in names:
+        found = "a DeepSpeed universal checkpoint"
+    elif ".zmetadata" in names or ".zarray" in names:
+        found = "a zarr checkpoint"
+    elif "config.json" in names and any(n.endswith(".safetensors") for n in names):
+        found = "a Hugging Face folder"
+    if found is None:
+        return None
+    return UnsupportedError(
+        f"{folder} cannot be read as a Megatron checkpoint",
+        found=found,
+        expected="Megatron's torch or torch_dist format",
+    )

@@ -1,0 +1,99 @@
+"""Hugging Face folders: safetensors files, alone or with an index.
+
+    config.json, model.safetensors
+    config.json, model-0000K-of-0000N.safetensors, model.safetensors.index.json
+
+The layout of one file is drawn in `plan.py`, where it is written.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+from ..boxes import row_major
+from ..dtypes import FROM_SAFETENSORS
+from ..errors import CorruptError, IncompleteError, SourceError
+from ..plan import INDEX
+from ..tensors import LazyTensor
+
+_MAX_HEADER_BYTES = 100_000_000
+
+
+def holds_model(folder: str) -> bool:
+    """Whether a folder has safetensors weights."""
+    return any(os.path.isfile(os.path.join(folder, n)) for n in ("model.safetensors", INDEX))
+
+
+def read_tensors(folder: str) -> dict[str, LazyTensor]:
+    """All tensors of a folder, by name; headers are read, tensors are not.
+
+    Raises:
+        IncompleteError: the index names a file or tensor that is not there.
+        CorruptError: a file contradicts its header.
+    """
+    index = os.path.join(folder, INDEX)
+    if not os.path.isfile(index):
+        return read_file(os.path.join(folder, "model.safetensors"))
+    try:
+        with open(index, "rb") as file:
+            weight_map = dict(json.load(file)["weight_map"])
+    except OSError as error:
+        raise SourceError(f"{index} cannot be read", found=str(error)) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise CorruptError(f"{index} is damaged", found=str(error)) from error
+    tensors: dict[str, LazyTensor] = {}
+    for name in sorted(set(weight_map.values())):
+        path = os.path.join(folder, os.path.basename(name))
+        if not os.path.isfile(path):
+            raise IncompleteError(f"{folder} is incomplete", expected=name, fix="copy it again")
+        tensors.update(read_file(path))
+    if missing := sorted(set(weight_map) - set(tensors)):
+        raise IncompleteError(f"{folder} is incomplete", expected=", ".join(missing[:8]))
+    return tensors
+
+
+def read_file(path: str) -> dict[str, LazyTensor]:
+    """The tensors of one safetensors file.
+
+    Raises:
+        CorruptError: the header is damaged, or the file has another size than it says.
+    """
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
+                raise _damaged(path, f"{size} bytes, a header of {length}")
+            header = file.read(length)
+    except OSError as error:
+        raise SourceError(f"{path} cannot be read", found=str(error)) from error
+    try:
+        entries = json.loads(header)
+        entries.pop("__metadata__", None)
+        tensors = {name: _tensor(path, 8 + length, e) for name, e in entries.items()}
+        end = 8 + length + max((e["data_offsets"][1] for e in entries.values()), default=0)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _damaged(path, f"{type(error).__name__}: {error}") from error
+    if end != size:
+        raise _damaged(path, f"{size} bytes", f"{end} bytes, as its header says")
+    return tensors
+
+
+def _tensor(path: str, data: int, entry: dict[str, Any]) -> LazyTensor:
+    dtype, shape = FROM_SAFETENSORS[entry["dtype"]], tuple(entry["shape"])
+    start, end = entry["data_offsets"]
+    tensor = LazyTensor.in_file(dtype, shape, path, data + start, row_major(shape))
+    if not 0 <= start <= end or end - start != tensor.num_bytes or min(shape, default=0) < 0:
+        raise ValueError(f"{shape} of {dtype} in {end - start} bytes")
+    return tensor
+
+
+def _damaged(path: str, found: str, expected: str = "a safetensors file") -> CorruptError:
+    return CorruptError(
+        f"{path} is truncated or damaged",
+        found=found,
+        expected=expected,
+        fix="copy or convert it again",
+    )

@@ -1,0 +1,296 @@
+"""Megatron's `torch` format: one pickle per model-parallel rank.
+
+    iter_0001000/mp_rank_TT/model_optim_rng.pt             tensor-parallel rank TT
+                 mp_rank_TT_PPP/model_optim_rng.pt         ... and pipeline rank PPP
+                 mp_rank_TT_EEE/model_optim_rng.pt         ... or expert rank EEE: args decide
+                 mp_rank_TT_PPP_EEE/model_optim_rng.pt     ... and expert rank EEE
+
+    model_optim_rng.pt = {args, checkpoint_version, iteration,
+                          model | model0, model1, ... (virtual pipeline chunks),
+                          optimizer?, opt_param_scheduler?, rng_state?, ...}
+
+`model` is flat since Megatron-Core ("decoder.layers.0...") and nested dicts before; both are
+read as dotted names. (megatron/training/checkpointing.py, core 0.16.1.)
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from ..checkpoint import Layout, RawCheckpoint, Shard
+from ..errors import (
+    CorruptError,
+    IncompleteError,
+    InconsistentError,
+    MappingError,
+    UnsupportedError,
+)
+from ..tensors import LazyTensor
+from .folders import Place, listing
+from .pickles import Record, is_opaque
+from .torch_zip import load
+
+NAME = "torch"
+_RANK = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?(?:_(\d{3,}))?")
+_FILE = "model_optim_rng.pt"
+_STATE = {
+    "optimizer": "optimizer",
+    "opt_param_scheduler": "optimizer",
+    "lr_scheduler": "optimizer",
+    "rng_state": "rng",
+    "random_rng_state": "rng",
+    "np_rng_state": "rng",
+    "torch_rng_state": "rng",
+    "cuda_rng_state": "rng",
+    "rng_tracker_states": "rng",
+    "rerun_state_machine": "rerun state",
+}
+_BUFFERS = {"_extra_state": "_extra_state", "inv_freq": "inv_freq"}
+Dropped = dict[str, list[str]]
+
+
+@dataclass(frozen=True, slots=True)
+class _RankFile:
+    """One rank's file and the numbers in its folder name."""
+
+    folder: str
+    path: str
+    numbers: tuple[int, ...]
+
+
+def holds_model(folder: str) -> bool:
+    """Whether the folder has rank folders with model files in them."""
+    return bool(_rank_files(folder))
+
+
+def open_folder(place: Place, skip_keys: frozenset[str] = frozenset()) -> RawCheckpoint:
+    """Read the metadata of all ranks of one iteration.
+
+    Args:
+        place: the iteration's folder.
+        skip_keys: further top-level entries to leave out.
+
+    Raises:
+        IncompleteError: a rank's file is missing.
+        InconsistentError: ranks stem from different iterations or layouts.
+        MappingError: an entry holds tensors and is neither the model nor a known kind of state.
+        CorruptError, UnsafePickleError: a file cannot be read as data.
+    """
+    files = _rank_files(place.folder)
+    dropped: Dropped = defaultdict(list)
+    contents = {file.folder: _content(file) for file in files}
+    first = contents[files[0].folder]
+    args = _arguments(first)
+    sizes = _sizes(args, files)
+    ranks = {file.folder: _coordinates(file, sizes) for file in files}
+    _check_grid(place, ranks, sizes)
+    shards = []
+    for file in files:
+        content = contents[file.folder]
+        _check_agreement(file, content, files[0], first)
+        tp, pp, ep = ranks[file.folder]
+        for chunk, model in enumerate(_chunks(file, content, dropped, skip_keys)):
+            tensors = dict(_flatten(model, file, dropped))
+            where = f"{file.folder}/{_FILE}"
+            shards.append(Shard(where, tensors, _arguments(content), tp, pp, chunk, ep))
+    num_chunks = 1 + max(shard.vpp for shard in shards)
+    return RawCheckpoint(
+        format=NAME,
+        folder=place.folder,
+        layout=Layout(sizes.tp, sizes.pp, num_chunks, sizes.ep),
+        shards=tuple(shards),
+        iteration=_iteration(first, place),
+        args=args,
+        checkpoint_version=_version(first),
+        dropped={kind: tuple(sorted(set(names))) for kind, names in dropped.items()},
+        evidence=(f"{len(files)} mp_rank_* folders with {_FILE}",),
+        num_files=len(files),
+        iterations=place.iterations,
+    )
+
+
+def _rank_files(folder: str) -> list[_RankFile]:
+    files = []
+    for name in listing(folder):
+        hit = _RANK.fullmatch(name)
+        path = os.path.join(folder, name, _FILE)
+        if hit and os.path.isfile(path):
+            files.append(_RankFile(name, path, tuple(int(n) for n in hit.groups() if n)))
+    return files
+
+
+def _content(file: _RankFile) -> Mapping[str, object]:
+    content = load(file.path)
+    if not isinstance(content, dict):
+        raise CorruptError(
+            f"{file.path} is no Megatron checkpoint",
+            found=type(content).__name__,
+            expected="a dict with args and model",
+        )
+    return content
+
+
+def _arguments(content: Mapping[str, object]) -> dict[str, object] | None:
+    args = content.get("args")
+    return args.fields if isinstance(args, Record) else None
+
+
+def _sizes(args: Mapping[str, object] | None, files: list[_RankFile]) -> Layout:
+    """The layout the arguments name, or the one the folder names imply."""
+    widest = [max(f.numbers[k] + 1 if k < len(f.numbers) else 1 for f in files) for k in range(3)]
+    names = (
+        ("tensor_model_parallel_size", "model_parallel_size"),
+        ("pipeline_model_parallel_size",),
+        ("expert_model_parallel_size",),
+    )
+    sizes = []
+    for choices, fallback in zip(names, widest, strict=True):
+        values = [(args or {}).get(name) for name in choices]
+        sizes.append(next((v for v in values if type(v) is int and v > 0), fallback))
+    return Layout(tp=sizes[0], pp=sizes[1], ep=sizes[2])
+
+
+def _coordinates(file: _RankFile, sizes: Layout) -> tuple[int, int, int]:
+    match file.numbers:
+        case (tp,):
+            return tp, 0, 0
+        case (tp, ep) if sizes.pp == 1 and sizes.ep > 1:
+            return tp, 0, ep
+        case (tp, pp):
+            return tp, pp, 0
+        case (tp, pp, ep):
+            return tp, pp, ep
+    raise AssertionError(file.numbers)
+
+
+def _check_grid(place: Place, ranks: Mapping[str, tuple[int, int, int]], sizes: Layout) -> None:
+    """Every (tensor, pipeline) and every (expert, pipeline) rank needs a file."""
+    for folder, (tp, pp, ep) in ranks.items():
+        if tp >= sizes.tp or pp >= sizes.pp or ep >= sizes.ep:
+            raise InconsistentError(
+                f"{folder} does not belong to a {sizes} checkpoint",
+                found=f"{len(ranks)} rank folders in {place.folder}",
+                expected=f"the ranks of {sizes}, as the arguments in the files say",
+                fix="separate the files of the two runs",
+            )
+    present = {(tp, pp) for tp, pp, _ in ranks.values()}
+    wanted = [(tp, pp) for tp in range(sizes.tp) for pp in range(sizes.pp)]
+    missing = [
+        f"{_rank_folder(tp, pp, sizes)}/{_FILE}" for tp, pp in wanted if (tp, pp) not in present
+    ]
+    experts = {(ep, pp) for _, pp, ep in ranks.values()}
+    absent = [(e, p) for e in range(sizes.ep) for p in range(sizes.pp) if (e, p) not in experts]
+    missing += [f"a file of expert rank {ep} at pipeline rank {pp}" for ep, pp in absent]
+    if missing:
+        name = os.path.basename(place.folder)
+        others = [n for n in place.iterations if n != place.iteration]
+        fix = "copy that file again" if len(missing) == 1 else "copy those files again"
+        raise IncompleteError(
+            f"{name} is incomplete; nothing was written",
+            found=f"{len(ranks)} of {len(wanted)} ranks ({sizes})",
+            expected=", ".join(missing[:4]) + (f", ... ({len(missing)})" if missing[4:] else ""),
+            fix=fix + (f", or use --iteration {others[-1]}" if others else ""),
+        )
+
+
+def _rank_folder(tp: int, pp: int, sizes: Layout) -> str:
+    return f"mp_rank_{tp:02d}" + (f"_{pp:03d}" if sizes.pp > 1 else "")
+
+
+def _check_agreement(
+    file: _RankFile,
+    content: Mapping[str, object],
+    first_file: _RankFile,
+    first: Mapping[str, object],
+) -> None:
+    for key in ("iteration", "checkpoint_version"):
+        if content.get(key) != first.get(key):
+            raise InconsistentError(
+                f"ranks disagree about {key}; nothing was written",
+                found=f"{content.get(key)} in {file.folder}",
+                expected=f"{first.get(key)}, as in {first_file.folder}",
+                fix="use files of one and the same save",
+            )
+
+
+def _chunks(
+    file: _RankFile,
+    content: Mapping[str, object],
+    dropped: Dropped,
+    skip_keys: frozenset[str],
+) -> list[Mapping[str, object]]:
+    """The model chunks of one file, in order; everything else must be of a known kind."""
+    chunks: dict[int, Mapping[str, object]] = {}
+    for key, value in content.items():
+        number = re.fullmatch(r"model(\d*)", str(key))
+        if number and isinstance(value, dict):
+            chunks[int(number[1] or 0)] = value
+        elif key in _STATE or key in skip_keys:
+            dropped[_STATE.get(key, "skipped")].append(str(key))
+        elif _holds_tensors(value):
+            raise MappingError(
+                f"{file.path} has tensors under {key!r}; nothing was written",
+                found=str(key),
+                expected="tensors under model only, beside optimizer and random state",
+                fix=f"leave them out with --skip-key {key}, if they are not part of the model",
+            )
+    if not chunks or set(chunks) != set(range(len(chunks))):
+        raise IncompleteError(
+            f"{file.path} holds no complete model",
+            found=", ".join(map(str, content)),
+            expected="model, or model0, model1, ...",
+        )
+    return [chunks[number] for number in sorted(chunks)]
+
+
+def _flatten(
+    model: Mapping[str, object], file: _RankFile, dropped: Dropped, prefix: str = ""
+) -> Iterator[tuple[str, LazyTensor]]:
+    """Dotted names and tensors of a flat or nested model."""
+    for key, value in model.items():
+        name = f"{prefix}{key}"
+        kind = _BUFFERS.get(name.rpartition(".")[2])
+        if kind:
+            dropped[kind].append(name)
+        elif isinstance(value, dict):
+            yield from _flatten(value, file, dropped, f"{name}.")
+        elif isinstance(value, LazyTensor) and value.dtype.is_floating and value.dtype.itemsize > 1:
+            yield name, value
+        elif isinstance(value, LazyTensor) or is_opaque(value):
+            raise UnsupportedError(
+                f"{name} in {file.folder} is no plain weight; nothing was written",
+                found=str(value.dtype) if isinstance(value, LazyTensor) else repr(value)[:200],
+                expected="float32, bfloat16 or float16 (quantized and fp8 weights are refused)",
+                fix="save the checkpoint with plain weights",
+            )
+        elif value is not None:
+            raise CorruptError(f"{name} in {file.folder} is no tensor", found=repr(value)[:200])
+
+
+def _holds_tensors(value: object) -> bool:
+    if isinstance(value, dict):
+        return any(_holds_tensors(item) for item in value.values())
+    if isinstance(value, (list, tuple)):
+        return any(_holds_tensors(item) for item in value)
+    return isinstance(value, LazyTensor)
+
+
+def _iteration(content: Mapping[str, object], place: Place) -> int | None:
+    value = content.get("iteration")
+    if type(value) is int and place.iteration is not None and value != place.iteration:
+        raise InconsistentError(
+            f"{os.path.basename(place.folder)} holds another iteration",
+            found=str(value),
+            expected=str(place.iteration),
+            fix="rename the folder, or copy the right files into it",
+        )
+    return value if type(value) is int else place.iteration
+
+
+def _version(content: Mapping[str, object]) -> float:
+    value = content.get("checkpoint_version", 0)
+    return float(value) if isinstance(value, (int, float)) else 0.0

@@ -1,0 +1,146 @@
+"""What happens between two names: exact re-layouts, each with its inverse.
+
+Ops rearrange metadata only. Shapes are written as in Megatron-Core's QKV code
+(megatron/core/transformer/attention.py): g query groups, r query heads per group, d channels.
+
+    linear_qkv rows      [g, (r queries, 1 key, 1 value), d]
+    q_proj, k_proj rows  [g * r * d], [g * d]
+    linear_fc1 rows      [gate | up], each ffn rows, when the MLP is gated
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from .architecture import Architecture
+from .tensors import LazyTensor, concat, zeros
+
+Tensors = tuple[LazyTensor, ...]
+
+
+class Op(Protocol):
+    """A re-layout of a group of tensors."""
+
+    @property
+    def inverse(self) -> Op:
+        """The op that undoes this one."""
+
+    def apply(self, tensors: Tensors, architecture: Architecture) -> Tensors:
+        """The rearranged tensors."""
+
+
+@dataclass(frozen=True)
+class Same:
+    """A rename."""
+
+    @property
+    def inverse(self) -> Op:
+        """Itself."""
+        return self
+
+    def apply(self, tensors: Tensors, architecture: Architecture) -> Tensors:
+        """The tensors as they are."""
+        return tensors
+
+
+@dataclass(frozen=True)
+class SplitQKV:
+    """`linear_qkv` in query-group order -> q, k, v (weight or bias)."""
+
+    @property
+    def inverse(self) -> Op:
+        """Interleave again."""
+        return MergeQKV()
+
+    def apply(self, tensors: Tensors, architecture: Architecture) -> Tensors:
+        """One tensor [g * (r + 2) * d, ...] -> [g * r * d, ...], [g * d, ...], [g * d, ...]."""
+        groups, per_group, channels = _qkv(architecture)
+        rows = tensors[0].unflatten(0, groups, per_group + 2, channels)
+        return (
+            rows.narrow(1, 0, per_group).flatten(0, 3),
+            rows.narrow(1, per_group, 1).flatten(0, 3),
+            rows.narrow(1, per_group + 1, 1).flatten(0, 3),
+        )
+
+
+@dataclass(frozen=True)
+class MergeQKV:
+    """q, k, v -> `linear_qkv` in query-group order."""
+
+    @property
+    def inverse(self) -> Op:
+        """Take apart again."""
+        return SplitQKV()
+
+    def apply(self, tensors: Tensors, architecture: Architecture) -> Tensors:
+        """The three tensors of `SplitQKV` -> one."""
+        groups, per_group, channels = _qkv(architecture)
+        heads = (per_group, 1, 1)
+        parts = [t.unflatten(0, groups, n, channels) for t, n in zip(tensors, heads, strict=True)]
+        return (concat(parts, axis=1).flatten(0, 3),)
+
+
+@dataclass(frozen=True)
+class SplitGated:
+    """`linear_fc1` of a gated MLP -> gate, up."""
+
+    @property
+    def inverse(self) -> Op:
+        """Join again."""
+        return MergeGated()
+
+    def apply(self, tensors: Tensors, architecture: Architecture) -> Tensors:
+        """[2 * ffn, ...] -> [ffn, ...] (the activated half), [ffn, ...]."""
+        return tensors[0].chunk(2)
+
+
+@dataclass(frozen=True)
+class MergeGated:
+    """gate, up -> `linear_fc1` of a gated MLP."""
+
+    @property
+    def inverse(self) -> Op:
+        """Split again."""
+        return SplitGated()
+
+    def apply(self, tensors: Tensors, architecture: Architecture) -> Tensors:
+        """[ffn, ...], [ffn, ...] -> [2 * ffn, ...]."""
+        return (concat(tensors),)
+
+
+@dataclass(frozen=True)
+class TrimVocab:
+    """Drop the rows that only pad the vocabulary, where the true size is known."""
+
+    @property
+    def inverse(self) -> Op:
+        """Add rows of zeros."""
+        return PadVocab()
+
+    def apply(self, tensors: Tensors, architecture: Architecture) -> Tensors:
+        """[padded_vocab_size, ...] -> [vocab_size, ...]."""
+        size = architecture.vocab_size or architecture.padded_vocab_size
+        return (tensors[0].narrow(0, 0, size),)
+
+
+@dataclass(frozen=True)
+class PadVocab:
+    """Rows of zeros up to the padded vocabulary size."""
+
+    @property
+    def inverse(self) -> Op:
+        """Drop them."""
+        return TrimVocab()
+
+    def apply(self, tensors: Tensors, architecture: Architecture) -> Tensors:
+        """[vocab_size, ...] -> [padded_vocab_size, ...]."""
+        (tensor,) = tensors
+        missing = architecture.padded_vocab_size - tensor.shape[0]
+        if missing == 0:
+            return tensors
+        return (concat([tensor, zeros(tensor.dtype, (missing, *tensor.shape[1:]))]),)
+
+
+def _qkv(architecture: Architecture) -> tuple[int, int, int]:
+    return architecture.num_query_groups, architecture.heads_per_group, architecture.kv_channels

@@ -1,0 +1,369 @@
+"""From a path to a written folder; read this file first.
+
+formats.find        which format is it, which folder           bytes on disk
+reader.open_folder  RawCheckpoint: shards, names as in files   metadata only
+dialects.detect     canonical names
+topology            layer numbers, joins                       -> Checkpoint
+families            Hugging Face names and re-layouts
+plan                files, offsets, documents                  -> ConversionPlan
+execute             bytes                                      -> sink
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+from . import dialects, formats, parameters, topology
+from .architecture import Architecture
+from .arguments import architecture_from_args, architecture_from_shapes, unknown_arguments
+from .checkpoint import Checkpoint, RawCheckpoint, Shard
+from .documents import (
+    config_json,
+    generation_config_json,
+    model_card,
+    modeling_files,
+    source_facts,
+)
+from .dtypes import DTYPES
+from .errors import InconsistentError, UnsupportedError, UsageError
+from .execute import Progress, check_replicas, run
+from .families import FAMILIES
+from .manifest import ALGORITHMS
+from .mapping import shorten
+from .plan import INDEX, ConversionPlan, parse_size, plan_files
+from .reading import FileReader
+from .target import FolderSink
+from .tensors import LazyTensor
+from .tokenizer import Tokenizer, read_tokenizer
+
+CAST_DTYPES = ("float32", "bfloat16", "float16")
+
+
+def open_checkpoint(
+    path: str | os.PathLike[str],
+    *,
+    iteration: int | None = None,
+    overrides: Mapping[str, object] | None = None,
+    skip_keys: Iterable[str] = (),
+) -> Checkpoint:
+    """Open a Megatron checkpoint: its metadata under canonical names, no tensor bytes.
+
+    Args:
+        path: Megatron's `--save` folder, or one iteration in it.
+        iteration: which one; None follows the tracker file.
+        overrides: Megatron arguments that replace or complete those in the checkpoint.
+        skip_keys: entries that are not part of the model and may be left out.
+
+    Raises:
+        SourceError: it cannot be used; the subclass and message say why.
+        UsageError: something only the user knows is missing.
+    """
+    reader, place = formats.find(os.fspath(path), iteration)
+    raw = reader.open_folder(place, frozenset(skip_keys))
+    dialect, shards = _canonical_names(raw)
+    tp = 1 + max(shard.tp for shard in shards)
+    held = topology.holders(topology.number_layers(shards))
+    shapes = topology.joined_shapes(held, tp)
+    architecture = _architecture(raw, shapes, overrides or {}, legacy=dialect == "legacy")
+    tensors, replicas = topology.join(held, tp, architecture)
+    parameters.check_complete({n: t.shape for n, t in tensors.items()}, architecture)
+    tied = topology.TIED_HEAD in held and topology.TIED_HEAD not in tensors
+    dropped = dict(raw.dropped) | ({"tied copy": (topology.TIED_HEAD,)} if tied else {})
+    return Checkpoint(
+        format=raw.format,
+        folder=raw.folder,
+        layout=raw.layout,
+        dialect=dialect,
+        architecture=architecture,
+        tensors={name: tensors[name] for name in parameters.expected(architecture)},
+        iteration=raw.iteration,
+        args=raw.args or {},
+        replicas=replicas,
+        dropped=dropped,
+        warnings=tuple(_unknown_arguments(raw)),
+        evidence=(*raw.evidence, f"parameter names are those of {dialect}"),
+        num_files=raw.num_files,
+        iterations=raw.iterations,
+    )
+
+
+def _canonical_names(raw: RawCheckpoint) -> tuple[str, list[Shard]]:
+    names = {name for shard in raw.shards for name in shard.tensors}
+    dialect, table = dialects.detect(names)
+    if dialect == "legacy" and raw.checkpoint_version < 2.0:
+        raise UnsupportedError(
+            "the rows of query_key_value are in an order mtt cannot read yet",
+            found=f"checkpoint_version {raw.checkpoint_version:g}",
+            expected="2.0 or newer",
+            fix="load and save it once with Megatron-LM v2.5 or newer",
+        )
+    renamed = {match.sources[0]: match.targets[0] for match in table.resolve(names)}
+    return dialect, [
+        replace(shard, tensors={renamed[name]: t for name, t in shard.tensors.items()})
+        for shard in raw.shards
+    ]
+
+
+def _architecture(
+    raw: RawCheckpoint,
+    shapes: Mapping[str, tuple[int, ...]],
+    overrides: Mapping[str, object],
+    *,
+    legacy: bool,
+) -> Architecture:
+    if raw.args is None:
+        return architecture_from_shapes(shapes, overrides)
+    rows = shapes.get("embedding.word_embeddings.weight", (0,))[0]
+    if rows and not isinstance(raw.args.get("padded_vocab_size"), int):
+        overrides = {"padded_vocab_size": rows, **overrides}
+    first = architecture_from_args(raw.args, overrides=overrides, legacy=legacy)
+    for shard in raw.shards:
+        if shard.args is None or shard.args is raw.args:
+            continue
+        other = architecture_from_args(shard.args, overrides=overrides, legacy=legacy)
+        if other != first:
+            names = [n for n in first.__dataclass_fields__ if _value(first, n) != _value(other, n)]
+            raise InconsistentError(
+                "ranks disagree about the model; nothing was written",
+                found=", ".join(f"{n} = {_value(other, n)}" for n in names) + f" in {shard.where}",
+                expected=", ".join(f"{n} = {_value(first, n)}" for n in names)
+                + f", as in {raw.shards[0].where}",
+                fix="use files of one and the same run",
+            )
+    return first
+
+
+def _value(architecture: Architecture, name: str) -> object:
+    return getattr(architecture, name)
+
+
+def _unknown_arguments(raw: RawCheckpoint) -> list[str]:
+    unknown = unknown_arguments(raw.args or {})
+    if not unknown:
+        return []
+    return [
+        f"the checkpoint has arguments mtt does not know: {shorten(unknown)}; "
+        "if one of them changes what the model computes, the result is wrong"
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class Conversion:
+    """A checkpoint with the plan to write it, and what the user should know about it."""
+
+    checkpoint: Checkpoint
+    plan: ConversionPlan
+    config: Mapping[str, object]
+    dtype: str
+    tokenizer: Tokenizer
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What `convert` did."""
+
+    output: str
+    conversion: Conversion
+    hashes: Mapping[str, Mapping[str, str]]
+
+
+def plan_conversion(
+    checkpoint: Checkpoint,
+    *,
+    model_type: str = "mtt",
+    dtype: str = "auto",
+    max_shard_size: str = "5GB",
+    vocab_padding: str | None = None,
+    tokenizer: str | None = None,
+) -> Conversion:
+    """Decide everything about a Hugging Face folder; nothing is written.
+
+    Args:
+        checkpoint: an open checkpoint.
+        model_type: a family of `families/`.
+        dtype: `auto` as stored, or one of `CAST_DTYPES`.
+        max_shard_size: `5GB` and the like.
+        vocab_padding: `trim` the rows that only pad the vocabulary, or `keep` them; None trims
+            them where the true size is known.
+        tokenizer: path of tokenizer files, `none`, or None for the paths in the arguments.
+
+    Raises:
+        UsageError: options that contradict each other or the checkpoint.
+    """
+    if model_type not in FAMILIES:
+        raise UsageError(f"unknown model type {model_type!r}", expected=", ".join(sorted(FAMILIES)))
+    if dtype != "auto" and dtype not in CAST_DTYPES:
+        raise UsageError(f"unknown dtype {dtype!r}", expected=f"auto, {', '.join(CAST_DTYPES)}")
+    family = FAMILIES[model_type]
+    warnings = list(checkpoint.warnings)
+    words = _tokenizer(checkpoint, tokenizer, warnings)
+    architecture = _with_vocabulary(checkpoint, words, vocab_padding, warnings)
+    tensors = family.rules(architecture).apply(checkpoint.tensors, architecture)
+    files, index = plan_files(tensors, dtype, parse_size(max_shard_size))
+    fields = family.config(architecture)
+    stored = _main_dtype(tensors) if dtype == "auto" else dtype
+    count = sum(tensor.num_elements for tensor in tensors.values())
+    documents = {
+        **modeling_files(),
+        **words.files,
+        "README.md": model_card(checkpoint, fields, count, stored),
+        "generation_config.json": generation_config_json(words),
+        "config.json": config_json(fields, stored, words),
+    }
+    if index is not None:
+        documents[INDEX] = index
+    plan = ConversionPlan(files, documents, checkpoint.replicas)
+    return Conversion(checkpoint, plan, fields, stored, words, tuple(warnings))
+
+
+def _main_dtype(tensors: Mapping[str, LazyTensor]) -> str:
+    """The dtype most bytes have: `config.json` names one."""
+    sizes = dict.fromkeys(DTYPES, 0)
+    for tensor in tensors.values():
+        sizes[tensor.dtype.name] += tensor.num_bytes
+    return max(sizes, key=lambda name: sizes[name])
+
+
+def _tokenizer(checkpoint: Checkpoint, choice: str | None, warnings: list[str]) -> Tokenizer:
+    """The tokenizer asked for, or the one the arguments name if its files are here."""
+    if choice == "none":
+        return Tokenizer()
+    if choice is not None:
+        return read_tokenizer(choice)
+    named = [checkpoint.args.get(n) for n in ("tokenizer_model", "vocab_file")]
+    paths = [name for name in named if isinstance(name, str) and name]
+    roots = (checkpoint.folder, os.path.dirname(checkpoint.folder))
+    for path in paths:
+        for candidate in (path, *(os.path.join(root, path) for root in roots)):
+            if os.path.exists(candidate):
+                return read_tokenizer(candidate)
+    if paths:
+        warnings.append(
+            f"the tokenizer the checkpoint names, {paths[0]}, is not here: "
+            "add its files with --tokenizer"
+        )
+    else:
+        warnings.append("the checkpoint names no tokenizer: add its files with --tokenizer")
+    return Tokenizer()
+
+
+def _with_vocabulary(
+    checkpoint: Checkpoint, words: Tokenizer, vocab_padding: str | None, warnings: list[str]
+) -> Architecture:
+    """The architecture with the vocabulary size that will be written."""
+    architecture = checkpoint.architecture
+    padded = architecture.padded_vocab_size
+    size = architecture.vocab_size or words.vocab_size
+    if words.vocab_size is not None and words.vocab_size > padded:
+        raise UsageError(
+            "the tokenizer does not belong to this model",
+            found=f"{words.vocab_size} tokens",
+            expected=f"at most {padded}, the rows of the embedding",
+            fix="give the tokenizer the model was trained with",
+        )
+    if size is not None and words.vocab_size is not None and words.vocab_size != size:
+        warnings.append(f"the tokenizer has {words.vocab_size} tokens, the checkpoint says {size}")
+        size = max(size, words.vocab_size)
+    if vocab_padding == "keep":
+        return replace(architecture, vocab_size=padded)
+    if size is None and vocab_padding == "trim":
+        raise UsageError(
+            "the true vocabulary size is not in the checkpoint",
+            found=f"{padded} rows, some of them may be padding",
+            fix="give --tokenizer, or --set vocab_size=N",
+        )
+    if size is None:
+        warnings.append(
+            f"the vocabulary keeps its {padded} rows, padding included: "
+            "give --tokenizer or --set vocab_size=N to trim it"
+        )
+    return replace(architecture, vocab_size=size or padded)
+
+
+def convert(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    *,
+    to: str = "hf",
+    iteration: int | None = None,
+    overrides: Mapping[str, object] | None = None,
+    skip_keys: Iterable[str] = (),
+    model_type: str = "mtt",
+    dtype: str = "auto",
+    max_shard_size: str = "5GB",
+    vocab_padding: str | None = None,
+    tokenizer: str | None = None,
+    replicated: str = "error",
+    num_workers: int = 1,
+    overwrite: bool = False,
+    hash_name: str = "xxh3",
+    progress: Progress | None = None,
+) -> Result:
+    """Convert a Megatron checkpoint to a Hugging Face folder.
+
+    Args:
+        source: see `open_checkpoint`, with `iteration`, `overrides` and `skip_keys`.
+        target: an empty or new folder.
+        to: `hf`.
+        model_type, dtype, max_shard_size, vocab_padding, tokenizer: see `plan_conversion`.
+        replicated: `error` if ranks hold different copies of a parameter, or take the `first`.
+        num_workers: threads; each holds about 2 MB.
+        overwrite: replace an earlier conversion in `target`.
+        hash_name: `xxh3`, `sha256` or `none`.
+        progress: called with (bytes done, bytes in all).
+
+    Raises:
+        SourceError, TargetError, UsageError: nothing that looks whole is left behind.
+    """
+    source, target = os.fspath(source), os.fspath(target)
+    _check_choice("target format", to, ("hf",))
+    _check_choice("way to treat replicated tensors", replicated, ("error", "first"))
+    _check_choice("hash", hash_name, tuple(ALGORITHMS))
+    if num_workers < 1:
+        raise UsageError("no workers", found=str(num_workers), expected="at least 1")
+    if _inside(target, source):
+        raise UsageError(
+            "the output would stand inside the checkpoint", found=target, expected="another folder"
+        )
+    checkpoint = open_checkpoint(
+        source, iteration=iteration, overrides=overrides, skip_keys=skip_keys
+    )
+    conversion = plan_conversion(
+        checkpoint,
+        model_type=model_type,
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+        vocab_padding=vocab_padding,
+        tokenizer=tokenizer,
+    )
+    algorithm = ALGORITHMS[hash_name]
+    sink = FolderSink(
+        target, conversion.plan, source_facts(checkpoint), algorithm, overwrite=overwrite
+    )
+    with sink:
+        if replicated == "error":
+            with FileReader() as reader:
+                check_replicas(conversion.plan.replicas, reader)
+        run(
+            conversion.plan,
+            sink,
+            num_workers=num_workers,
+            algorithm=algorithm,
+            progress=progress,
+        )
+        sink.finish()
+    hashes = {name: file["tensors"] for name, file in sink.manifest["files"].items()}
+    return Result(sink.folder, conversion, hashes)
+
+
+def _check_choice(what: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise UsageError(f"unknown {what} {value!r}", expected=" or ".join(choices))
+
+
+def _inside(path: str, folder: str) -> bool:
+    path, folder = os.path.realpath(path), os.path.realpath(folder)
+    return os.path.commonpath((path, folder)) == folder

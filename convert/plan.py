@@ -1,0 +1,184 @@
+"""What will be written, decided before a byte moves: files, offsets, sources, documents.
+
+A plan is a frozen value made from metadata alone; `render` prints it for `--dry-run`.
+
+    safetensors file
+    +--------+------------------------------------+-----------------------------+
+    | u64 N  | N bytes of JSON: name -> dtype,    | tensors, one after another, |
+    | little | shape, data_offsets; space padded  | without gaps                |
+    +--------+------------------------------------+-----------------------------+
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from .checkpoint import Replicas
+from .dtypes import DTYPES, DType
+from .errors import UsageError
+from .tensors import LazyTensor
+
+INDEX = "model.safetensors.index.json"
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_BINARY_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedTensor:
+    """One tensor of an output file.
+
+    Attributes:
+        name: its name there.
+        source: where its elements come from, in the dtype they are stored in.
+        dtype: the dtype it is written in.
+        offset: position of its first byte in the file.
+    """
+
+    name: str
+    source: LazyTensor
+    dtype: DType
+    offset: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes it takes in the output."""
+        return self.source.num_elements * self.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedFile:
+    """A safetensors file: its header as bytes, and the tensors behind it."""
+
+    name: str
+    header: bytes
+    tensors: tuple[PlannedTensor, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the file."""
+        return len(self.header) + sum(tensor.num_bytes for tensor in self.tensors)
+
+
+@dataclass(frozen=True, slots=True)
+class ConversionPlan:
+    """Everything a conversion will do.
+
+    Attributes:
+        files: weight files, in order.
+        documents: small files by name: configuration, tokenizer, code, card.
+        replicas: copies to compare before anything is written.
+    """
+
+    files: tuple[PlannedFile, ...]
+    documents: Mapping[str, bytes]
+    replicas: tuple[Replicas, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all weight files."""
+        return sum(file.num_bytes for file in self.files)
+
+    @property
+    def num_tensors(self) -> int:
+        """Number of tensors written."""
+        return sum(len(file.tensors) for file in self.files)
+
+
+def parse_size(text: str) -> int:
+    """Bytes of `5GB`, `500MB`, `2GiB` or a plain number; decimal units as huggingface_hub has.
+
+    Raises:
+        UsageError: not a size.
+    """
+    hit = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
+    unit = hit[2].upper() if hit else ""
+    if not hit or (hit[3] and not unit) or float(hit[1]) <= 0:
+        raise UsageError(f"{text!r} is no size", expected="a size like 5GB, 500MB or 2GiB")
+    factor = _BINARY_UNITS[unit] if hit[3] else _UNITS[unit]
+    return int(float(hit[1]) * factor)
+
+
+def plan_files(
+    tensors: Mapping[str, LazyTensor], dtype: str, max_shard_bytes: int
+) -> tuple[tuple[PlannedFile, ...], bytes | None]:
+    """Distribute tensors over safetensors files, in the order given.
+
+    Args:
+        tensors: output name -> tensor.
+        dtype: `auto` keeps each as it is stored; else a floating dtype's name.
+        max_shard_bytes: a file grows beyond this only for a single larger tensor.
+
+    Returns:
+        The files, and the index document if there is more than one.
+    """
+    groups: list[list[tuple[str, LazyTensor, DType]]] = [[]]
+    size = 0
+    for name, tensor in tensors.items():
+        target = tensor.dtype if dtype == "auto" else DTYPES[dtype]
+        num_bytes = tensor.num_elements * target.itemsize
+        if groups[-1] and size + num_bytes > max_shard_bytes:
+            groups.append([])
+            size = 0
+        groups[-1].append((name, tensor, target))
+        size += num_bytes
+    files = tuple(
+        _planned_file(_file_name(number, len(groups)), group)
+        for number, group in enumerate(groups, start=1)
+    )
+    if len(files) == 1:
+        return files, None
+    total = sum(tensor.num_bytes for file in files for tensor in file.tensors)
+    weight_map = {tensor.name: file.name for file in files for tensor in file.tensors}
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    return files, document(index)
+
+
+def document(value: object) -> bytes:
+    """A JSON document as it is written: two spaces, keys in order, a newline at the end."""
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _file_name(number: int, count: int) -> str:
+    return "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+
+
+def _planned_file(name: str, group: Sequence[tuple[str, LazyTensor, DType]]) -> PlannedFile:
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for tensor_name, tensor, dtype in group:
+        end = position + tensor.num_elements * dtype.itemsize
+        header[tensor_name] = {
+            "dtype": dtype.safetensors,
+            "shape": list(tensor.shape),
+            "data_offsets": [position, end],
+        }
+        position = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    data = len(text).to_bytes(8, "little") + text
+    planned, position = [], len(data)
+    for tensor_name, tensor, dtype in group:
+        planned.append(PlannedTensor(tensor_name, tensor, dtype, position))
+        position += planned[-1].num_bytes
+    return PlannedFile(name, data, tuple(planned))
+
+
+def render(plan: ConversionPlan) -> str:
+    """The plan as text: a line per file and per tensor, with its sources."""
+    lines = []
+    for file in plan.files:
+        lines.append(f"{file.name}  {file.num_bytes:,} bytes  {len(file.tensors)} tensors")
+        for tensor in file.tensors:
+            cast = "" if tensor.dtype == tensor.source.dtype else f" from {tensor.source.dtype}"
+            sources = len({piece.path for piece in tensor.source.pieces})
+            shape = " x ".join(map(str, tensor.source.shape))
+            lines.append(
+                f"  {tensor.name}  {tensor.dtype}{cast}  [{shape}]  "
+                f"{len(tensor.source.pieces)} pieces of {sources} files"
+            )
+    lines += [f"{name}  {len(data):,} bytes" for name, data in plan.documents.items()]
+    lines.append(f"to compare first: {len(plan.replicas)} parameters that ranks hold copies of")
+    return "\n".join(lines)

@@ -1,0 +1,256 @@
+"""An output folder that never looks whole before it is.
+
+    OUT/.mtt.lock                    held while a conversion runs
+        mtt_manifest.json            from the beginning
+        model-....safetensors.part   renamed when the file is complete
+        config.json, index, ...      last: without them nothing loads the folder
+
+A failed run removes what it wrote. Files that `--overwrite` replaces wait in `.mtt.replaced`
+until the new ones are whole, and come back if the run fails.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shutil
+import threading
+from types import TracebackType
+from typing import Any
+
+from . import manifest
+from .errors import TargetError
+from .plan import ConversionPlan, PlannedFile, PlannedTensor
+
+_LOCK = ".mtt.lock"
+_REPLACED = ".mtt.replaced"
+
+
+class FolderSink:
+    """Writes a plan into a folder; use it as a context manager around `execute.run`."""
+
+    def __init__(
+        self,
+        folder: str,
+        plan: ConversionPlan,
+        source: dict[str, Any],
+        algorithm: str,
+        overwrite: bool = False,
+    ) -> None:
+        self.folder = os.path.abspath(folder)
+        self._plan, self._algorithm, self._overwrite = plan, algorithm, overwrite
+        self._mutex = threading.Lock()
+        self._open: dict[str, int] = {}
+        self._written: list[str] = []
+        self._made_folder = False
+        self._lock_file = -1
+        self.manifest: dict[str, Any] = {
+            "schema": manifest.SCHEMA,
+            "status": "running",
+            "hash": algorithm,
+            "source": source,
+            "files": {
+                file.name: {
+                    "status": "pending",
+                    "bytes": file.num_bytes,
+                    "header": manifest.digest(file.header, algorithm),
+                    "tensors": dict.fromkeys((t.name for t in file.tensors), ""),
+                }
+                for file in plan.files
+            },
+            "documents": {},
+        }
+
+    def __enter__(self) -> FolderSink:
+        """Take the folder.
+
+        Raises:
+            TargetError: it is not empty, locked, not writable, or the disk is too small.
+        """
+        try:
+            self._take()
+            return self
+        except OSError as error:
+            self._clean_up()
+            raise _target_error(self.folder, error) from error
+        except BaseException:
+            self._clean_up()
+            raise
+
+    def _take(self) -> None:
+        if os.path.lexists(self.folder) and not os.path.isdir(self.folder):
+            raise TargetError(f"{self.folder} is a file", expected="a folder, or a new name")
+        if not os.path.isdir(self.folder):
+            os.makedirs(self.folder)
+            self._made_folder = True
+        self._take_lock()
+        if present := sorted(set(os.listdir(self.folder)) - {_LOCK}):
+            self._replace(present)
+        free = shutil.disk_usage(self.folder).free
+        if free < self._plan.num_bytes:
+            raise TargetError(
+                f"the disk of {self.folder} is too small; nothing was written",
+                found=f"{free:,} bytes free",
+                expected=f"{self._plan.num_bytes:,} bytes",
+                fix="free some space, or choose another folder",
+            )
+        manifest.write(self.folder, self.manifest)
+        self._written.append(manifest.NAME)
+
+    def _take_lock(self) -> None:
+        self._lock_file = os.open(os.path.join(self.folder, _LOCK), os.O_CREAT | os.O_RDWR, 0o666)
+        try:
+            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(self._lock_file)
+            self._lock_file = -1
+            raise TargetError(
+                f"{self.folder} is being written by another run of mtt",
+                fix="wait for it, or choose another folder",
+            ) from error
+
+    def _replace(self, present: list[str]) -> None:
+        """Make room in a folder that is not empty: only for files an earlier run wrote."""
+        if not self._overwrite:
+            raise TargetError(
+                f"{self.folder} is not empty; nothing was written",
+                found=", ".join(present[:5]) + (", ..." if len(present) > 5 else ""),
+                expected="an empty or new folder",
+                fix="choose another folder, or add --overwrite to replace an earlier conversion",
+            )
+        if manifest.NAME not in present:
+            raise TargetError(
+                f"{self.folder} was not written by mtt; nothing was replaced",
+                found=", ".join(present[:5]) + (", ..." if len(present) > 5 else ""),
+                expected=manifest.NAME,
+                fix="choose another folder, or empty this one yourself",
+            )
+        old = manifest.read(self.folder)
+        parts = [f"{name}.part" for name in old["files"]]
+        aside = os.path.join(self.folder, _REPLACED)
+        os.makedirs(aside, exist_ok=True)
+        for name in {*old["documents"], *old["files"], *parts, manifest.NAME} & set(present):
+            os.replace(os.path.join(self.folder, name), os.path.join(aside, name))
+
+    def write(
+        self, file: PlannedFile, tensor: PlannedTensor, position: int, data: memoryview
+    ) -> None:
+        """Bytes of a tensor from `position` bytes after its beginning.
+
+        Raises:
+            TargetError: the disk is full or the folder not writable.
+        """
+        try:
+            descriptor = self._descriptor(file)
+            done, start = 0, tensor.offset + position
+            while done < len(data):
+                done += os.pwrite(descriptor, data[done:], start + done)
+        except OSError as error:
+            raise _target_error(self.folder, error) from error
+
+    def _descriptor(self, file: PlannedFile) -> int:
+        with self._mutex:
+            if file.name not in self._open:
+                path = os.path.join(self.folder, file.name + ".part")
+                flags = os.O_CREAT | os.O_TRUNC | os.O_WRONLY | os.O_CLOEXEC
+                self._open[file.name] = os.open(path, flags, 0o666)
+                self._written.append(file.name + ".part")
+                os.pwrite(self._open[file.name], file.header, 0)
+            return self._open[file.name]
+
+    def tensor_done(self, file: PlannedFile, tensor: PlannedTensor, digest: str) -> None:
+        """Note a tensor's hash."""
+        with self._mutex:
+            self.manifest["files"][file.name]["tensors"][tensor.name] = digest
+
+    def file_done(self, file: PlannedFile) -> None:
+        """Give a complete file its name.
+
+        Raises:
+            TargetError: the disk is full or the folder not writable.
+        """
+        descriptor = self._descriptor(file)
+        with self._mutex:
+            try:
+                del self._open[file.name]
+                os.close(descriptor)
+                path = os.path.join(self.folder, file.name)
+                os.replace(path + ".part", path)
+                self._written.append(file.name)
+                self.manifest["files"][file.name]["status"] = "complete"
+                manifest.write(self.folder, self.manifest)
+            except OSError as error:
+                raise _target_error(self.folder, error) from error
+
+    def finish(self) -> None:
+        """Write the documents; from here on the folder is whole.
+
+        Raises:
+            TargetError: the disk is full or the folder not writable.
+        """
+        try:
+            for name, data in self._plan.documents.items():
+                path = os.path.join(self.folder, name)
+                self._written.append(name)
+                with open(path + ".part", "wb") as file:
+                    file.write(data)
+                os.replace(path + ".part", path)
+                self.manifest["documents"][name] = manifest.digest(data, self._algorithm)
+            self.manifest["status"] = "complete"
+            manifest.write(self.folder, self.manifest)
+            shutil.rmtree(os.path.join(self.folder, _REPLACED), ignore_errors=True)
+        except OSError as error:
+            raise _target_error(self.folder, error) from error
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is None:
+            self._release()
+        else:
+            self._clean_up()
+
+    def _release(self) -> None:
+        for descriptor in self._open.values():
+            os.close(descriptor)
+        self._open.clear()
+        if self._lock_file >= 0:
+            os.unlink(os.path.join(self.folder, _LOCK))
+            os.close(self._lock_file)
+            self._lock_file = -1
+
+    def _clean_up(self) -> None:
+        """Leave the folder as it was found."""
+        for name in self._written:
+            for path in (
+                os.path.join(self.folder, name),
+                os.path.join(self.folder, name + ".part"),
+            ):
+                if os.path.lexists(path):
+                    os.unlink(path)
+        aside = os.path.join(self.folder, _REPLACED)
+        if self._lock_file >= 0 and os.path.isdir(aside):
+            for name in os.listdir(aside):
+                os.replace(os.path.join(aside, name), os.path.join(self.folder, name))
+            os.rmdir(aside)
+        self._release()
+        if self._made_folder and os.path.isdir(self.folder) and not os.listdir(self.folder):
+            os.rmdir(self.folder)
+
+
+def _target_error(folder: str, error: OSError) -> TargetError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return TargetError(
+            f"the disk of {folder} is full; what was written was removed again",
+            found=str(error),
+            fix="free some space, or choose another folder",
+        )
+    return TargetError(
+        f"{folder} cannot be written",
+        found=str(error),
+        fix="choose a folder you may write to",
+    )

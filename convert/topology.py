@@ -1,0 +1,177 @@
+"""From rank shards to whole tensors: layer numbers and joins.
+
+pipeline   every stage and virtual chunk numbers its layers from 0; going through chunks
+           first and stages within them gives the global order, for even, uneven and custom
+           splits alike, because the counts are read from the shards
+tensor     shards of one parameter are joined along the axis the parameter table names;
+           a gated `linear_fc1` in two blocks, since rank r holds [gate_r | up_r]
+copies     parameters every rank holds must agree: they become `Replicas` to be compared
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+
+from .architecture import Architecture
+from .boxes import Ints
+from .checkpoint import Replicas, Shard
+from .errors import CorruptError, IncompleteError, InconsistentError, MappingError
+from .mapping import shorten
+from .parameters import Parameter, find
+from .tensors import LazyTensor, concat
+
+_LAYER = re.compile(r"(?<=^decoder\.layers\.)(\d+)(?=\.)")
+_EMBEDDING, TIED_HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
+Held = Mapping[str, Sequence[Shard]]
+
+
+def number_layers(shards: Iterable[Shard]) -> tuple[Shard, ...]:
+    """Replace local layer numbers in canonical names by global ones.
+
+    Raises:
+        IncompleteError: a shard skips a layer number.
+        InconsistentError: tensor-parallel ranks of one stage hold different layers.
+    """
+    shards = list(shards)
+    counts: dict[tuple[int, int], int] = {}
+    for shard in shards:
+        found = {int(hit[1]) for name in shard.tensors if (hit := _LAYER.search(name))}
+        if found != set(range(len(found))):
+            raise IncompleteError(
+                f"{shard.where} skips layers; nothing was written",
+                found=f"layers {sorted(found)}",
+                expected=f"layers 0 to {len(found) - 1}",
+            )
+        previous = counts.setdefault((shard.vpp, shard.pp), len(found))
+        if previous != len(found):
+            raise InconsistentError(
+                "ranks of one pipeline stage hold different numbers of layers",
+                found=f"{len(found)} in {shard.where}",
+                expected=str(previous),
+            )
+    offsets, position = {}, 0
+    for place in sorted(counts):
+        offsets[place] = position
+        position += counts[place]
+    return tuple(_shifted(shard, offsets[shard.vpp, shard.pp]) for shard in shards)
+
+
+def _shifted(shard: Shard, offset: int) -> Shard:
+    tensors = {
+        _LAYER.sub(lambda hit: str(int(hit[1]) + offset), name): tensor
+        for name, tensor in shard.tensors.items()
+    }
+    return replace(shard, tensors=tensors)
+
+
+def holders(shards: Iterable[Shard]) -> dict[str, list[Shard]]:
+    """Canonical name -> the shards that hold a part of it, by tensor-parallel rank.
+
+    Raises:
+        MappingError: a name the parameter table does not know.
+    """
+    held: dict[str, list[Shard]] = defaultdict(list)
+    for shard in sorted(shards, key=lambda s: (s.vpp, s.pp, s.tp, s.ep)):
+        for name in shard.tensors:
+            held[name].append(shard)
+    if unknown := [name for name in held if find(name) is None]:
+        raise MappingError(
+            f"{len(unknown)} tensors are not part of any model mtt knows; nothing was written",
+            found=shorten(unknown),
+            expected="the parameters of a dense GPT",
+        )
+    return dict(held)
+
+
+def joined_shapes(held: Held, tp: int) -> dict[str, Ints]:
+    """Shapes the parameters will have once joined."""
+    shapes = {}
+    for name, shards in held.items():
+        shape, split = list(shards[0].tensors[name].shape), _parameter(name).split
+        if split is not None and split < len(shape):
+            shape[split] *= tp
+        shapes[name] = tuple(shape)
+    return shapes
+
+
+def join(
+    held: Held, tp: int, architecture: Architecture
+) -> tuple[dict[str, LazyTensor], tuple[Replicas, ...]]:
+    """Whole tensors, and the copies that must be equal.
+
+    A tied output layer is a copy of the embedding on the last stage: it is compared, not kept.
+
+    Raises:
+        IncompleteError: a rank's part is missing.
+        InconsistentError: parts of one parameter differ in dtype or size.
+    """
+    tensors, replicas = {}, []
+    for name, shards in held.items():
+        first, copies = _parts(name, shards, tp)
+        parameter = _parameter(name)
+        blocks = parameter.blocks(architecture)
+        tensors[name] = _join(name, first, parameter.split, blocks)
+        if parameter.split is None:
+            copies = [first, *copies]
+            same = [shard.tensors[name] for group in copies for shard in group]
+            where = [shard.where for group in copies for shard in group]
+            if len(same) > 1:
+                replicas.append(Replicas(name, tuple(same), tuple(where)))
+        elif copies:
+            others = [_join(name, group, parameter.split, blocks) for group in copies]
+            where = [group[0].where for group in (first, *copies)]
+            replicas.append(Replicas(name, (tensors[name], *others), tuple(where)))
+    if not architecture.untie_embeddings_and_output_weights and TIED_HEAD in tensors:
+        head = tensors.pop(TIED_HEAD)
+        if _EMBEDDING in tensors:
+            places = (held[_EMBEDDING][0].where, held[TIED_HEAD][0].where)
+            replicas.append(Replicas("the tied output layer", (tensors[_EMBEDDING], head), places))
+    return tensors, tuple(replicas)
+
+
+def _parameter(name: str) -> Parameter:
+    parameter = find(name)
+    assert parameter is not None, name
+    return parameter
+
+
+def _parts(name: str, shards: Sequence[Shard], tp: int) -> tuple[list[Shard], list[list[Shard]]]:
+    """One shard per tensor-parallel rank, and further complete sets of copies."""
+    groups: dict[tuple[int, int, int], dict[int, Shard]] = defaultdict(dict)
+    for shard in shards:
+        groups[shard.vpp, shard.pp, shard.ep][shard.tp] = shard
+    sets = []
+    for group in groups.values():
+        if missing := [rank for rank in range(tp) if rank not in group]:
+            raise IncompleteError(
+                f"{name} is incomplete; nothing was written",
+                found=f"tensor-parallel ranks {sorted(group)}",
+                expected=f"also rank {missing[0]} of {tp}",
+            )
+        sets.append([group[rank] for rank in range(tp)])
+    kinds = {(s.tensors[name].dtype, s.tensors[name].shape) for s in shards}
+    if len(kinds) > 1:
+        raise InconsistentError(
+            f"ranks disagree about {name}; nothing was written",
+            found=" and ".join(sorted(f"{dtype} {list(shape)}" for dtype, shape in kinds)),
+            expected="one dtype and one shape on all ranks",
+        )
+    return sets[0], sets[1:]
+
+
+def _join(name: str, shards: Sequence[Shard], split: int | None, blocks: int) -> LazyTensor:
+    parts = [shard.tensors[name] for shard in shards]
+    if split is None or len(parts) == 1:
+        return parts[0]
+    if split >= len(parts[0].shape) or parts[0].shape[split] % blocks:
+        raise CorruptError(
+            f"{name} cannot be joined",
+            found=f"shape {list(parts[0].shape)}",
+            expected=f"{blocks} equal blocks along axis {split}",
+        )
+    size = parts[0].shape[split] // blocks
+    cut = [part.unflatten(split, blocks, size) for part in parts]
+    return concat(cut, axis=split + 1).flatten(split)

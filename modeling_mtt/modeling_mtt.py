@@ -1,0 +1,624 @@
+# Copyright 2026 The mtt authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""PyTorch MTT model."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.integrations import use_kernel_forward_from_hub
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple, is_tracing
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_mtt import MTTConfig
+
+try:
+    from transformers.modeling_utils import slice_logits_to_keep
+except ImportError:  # transformers < 5.23
+
+    def slice_logits_to_keep(
+        hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor
+    ) -> torch.Tensor:
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        return hidden_states[:, kept, :]
+
+
+@use_kernel_forward_from_hub("RMSNorm")
+class MTTRMSNorm(nn.Module):
+    """Root mean square norm over the last dimension, computed in float32."""
+
+    def __init__(self, hidden_size: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.variance_epsilon = eps
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        normed = _divide_by_root_mean_square(hidden_states, self.variance_epsilon)
+        return self.weight * normed.to(hidden_states.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
+
+
+class MTTZeroCenteredRMSNorm(nn.Module):
+    """`MTTRMSNorm` whose weight is stored as gamma - 1.
+
+    The 1 is added back in float32, as Transformer Engine does: in bfloat16 the sum would lose the
+    low bits that storing the difference is meant to keep.
+    """
+
+    def __init__(self, hidden_size: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(hidden_size))
+        self.variance_epsilon = eps
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        normed = _divide_by_root_mean_square(hidden_states, self.variance_epsilon)
+        return ((1.0 + self.weight.float()) * normed).to(hidden_states.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
+
+
+class MTTZeroCenteredLayerNorm(nn.LayerNorm):
+    """`nn.LayerNorm` whose weight is stored as gamma - 1, the 1 being added back in float32."""
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        normed = nn.functional.layer_norm(
+            hidden_states.float(),
+            self.normalized_shape,
+            1.0 + self.weight.float(),
+            self.bias.float(),
+            self.eps,
+        )
+        return normed.to(hidden_states.dtype)
+
+
+NORM_CLASSES: dict[tuple[str, bool], type[nn.Module]] = {
+    ("layernorm", False): nn.LayerNorm,
+    ("layernorm", True): MTTZeroCenteredLayerNorm,
+    ("rmsnorm", False): MTTRMSNorm,
+    ("rmsnorm", True): MTTZeroCenteredRMSNorm,
+}
+
+
+def build_norm(config: MTTConfig, size: int) -> nn.Module:
+    """The one kind of norm a configuration asks for, over the last dimension of `size` values."""
+    return NORM_CLASSES[config.norm_type, config.zero_centered_norm](size, eps=config.norm_eps)
+
+
+def _divide_by_root_mean_square(hidden_states: torch.Tensor, eps: float) -> torch.Tensor:
+    hidden_states = hidden_states.float()
+    return hidden_states * torch.rsqrt(hidden_states.pow(2).mean(-1, keepdim=True) + eps)
+
+
+class MTTRotaryEmbedding(nn.Module):
+    """Cosines and sines for the rotated part of a head, of any rope type transformers knows."""
+
+    inv_freq: torch.Tensor
+    original_inv_freq: torch.Tensor
+
+    def __init__(self, config: MTTConfig) -> None:
+        super().__init__()
+        assert config.rope_parameters is not None
+        self.config = config
+        self.max_seq_len_cached = config.max_position_embeddings
+        self.original_max_seq_len = config.max_position_embeddings
+
+        self.rope_type = config.rope_parameters["rope_type"]
+        rope_init_fn: Callable[..., tuple[torch.Tensor, float]]
+        if self.rope_type == "default":
+            rope_init_fn = self.compute_default_rope_parameters
+        else:
+            rope_init_fn = ROPE_INIT_FUNCTIONS[self.rope_type]
+        inv_freq, self.attention_scaling = rope_init_fn(config)
+
+        self.register_buffer("inv_freq", inv_freq, persistent=False)
+        self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
+
+    @staticmethod
+    def compute_default_rope_parameters(
+        config: MTTConfig, device: torch.device | None = None, **kwargs: Any
+    ) -> tuple[torch.Tensor, float]:
+        """Return inverse frequencies `[rotated / 2]`, in radians per token, and a scale of 1.
+
+        As in Megatron, the exponent runs over the rotated part, not over the whole head.
+        """
+        assert config.rope_parameters is not None and config.head_dim is not None
+        rotated = int(config.head_dim * config.rope_parameters.get("partial_rotary_factor", 1.0))
+        exponents = torch.arange(0, rotated, 2, dtype=torch.float, device=device) / rotated
+        return 1.0 / (config.rope_parameters["rope_theta"] ** exponents), 1.0
+
+    @torch.no_grad()
+    @dynamic_rope_update
+    def forward(
+        self, x: torch.Tensor, position_ids: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return cosines and sines of the angles at each position, in the dtype of `x`.
+
+        Args:
+            x (`torch.Tensor`): gives dtype and device only.
+            position_ids (`torch.Tensor`): `[batch or 1, sequence]`.
+
+        Returns:
+            Two tensors `[batch or 1, sequence, rotated]`.
+        """
+        # A product, not a matrix product: autocast leaves it in float32.
+        angles = position_ids[..., None].float() * self.inv_freq.to(x.device, torch.float)
+        angles = torch.cat((angles, angles), dim=-1)
+        cos = angles.cos() * self.attention_scaling
+        sin = angles.sin() * self.attention_scaling
+        return cos.to(x.dtype), sin.to(x.dtype)
+
+
+def rotate_half(x: torch.Tensor) -> torch.Tensor:
+    """Turn each pair, one value of the first half and one of the second, by a quarter."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((-second, first), dim=-1)
+
+
+def apply_rotary_pos_emb(
+    states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> torch.Tensor:
+    """Rotate the first values of each head.
+
+    Args:
+        states (`torch.Tensor`): `[batch, heads, sequence, head_dim]`.
+        cos, sin (`torch.Tensor`): `[batch or 1, sequence, rotated]` with `rotated <= head_dim`.
+    """
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    rotated, passed = states[..., : cos.shape[-1]], states[..., cos.shape[-1] :]
+    rotated = rotated * cos + rotate_half(rotated) * sin
+    return torch.cat((rotated, passed), dim=-1)
+
+
+class MTTMLP(nn.Module):
+    """Feed-forward block, gated or not."""
+
+    def __init__(self, config: MTTConfig) -> None:
+        super().__init__()
+        hidden_size, intermediate_size = config.hidden_size, config.intermediate_size
+        self.gate_proj = None
+        if config.gated_mlp:
+            self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=config.mlp_bias)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        up = self.up_proj(hidden_states)
+        if self.gate_proj is None:
+            return self.down_proj(self.act_fn(up))
+        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * up)
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Unpack[TransformersKwargs],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention spelt out, for when its weights are asked for.
+
+    Args:
+        query (`torch.Tensor`): `[batch, heads, queries, head_dim]`.
+        key, value (`torch.Tensor`): `[batch, key_value_heads, keys, head_dim]`.
+        attention_mask (`torch.Tensor`, *optional*): `[batch, 1, queries, keys]`, is added.
+
+    Returns:
+        Output `[batch, queries, heads, head_dim]` and weights `[batch, heads, queries, keys]`.
+    """
+    group_size = query.shape[1] // key.shape[1]
+    key = key.repeat_interleave(group_size, dim=1)
+    value = value.repeat_interleave(group_size, dim=1)
+
+    scores = torch.matmul(query, key.transpose(2, 3)) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    output = torch.matmul(weights, value).transpose(1, 2).contiguous()
+    return output, weights
+
+
+class MTTAttention(nn.Module):
+    """Self-attention with grouped key and value heads."""
+
+    def __init__(self, config: MTTConfig, layer_idx: int) -> None:
+        super().__init__()
+        assert config.head_dim is not None and config.num_key_value_heads is not None
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = True
+
+        query_size = config.num_attention_heads * self.head_dim
+        key_value_size = config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, key_value_size, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, key_value_size, bias=config.attention_bias)
+        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.attention_out_bias)
+        self.q_norm = build_norm(config, self.head_dim) if config.use_qk_norm else None
+        self.k_norm = build_norm(config, self.head_dim) if config.use_qk_norm else None
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        input_shape = hidden_states.shape[:-1]
+        # Heads are counted by the tensors: with tensor parallelism a process has some of them.
+        head_shape = (*input_shape, -1, self.head_dim)
+
+        query_states = self.q_proj(hidden_states).view(head_shape)
+        key_states = self.k_proj(hidden_states).view(head_shape)
+        value_states = self.v_proj(hidden_states).view(head_shape).transpose(1, 2)
+        if self.q_norm is not None and self.k_norm is not None:
+            query_states = self.q_norm(query_states)
+            key_states = self.k_norm(key_states)
+        query_states = query_states.transpose(1, 2)
+        key_states = key_states.transpose(1, 2)
+
+        if position_embeddings is not None:
+            query_states = apply_rotary_pos_emb(query_states, *position_embeddings)
+            key_states = apply_rotary_pos_emb(key_states, *position_embeddings)
+
+        if past_key_values is not None:
+            key_states, value_states = past_key_values.update(
+                key_states, value_states, self.layer_idx
+            )
+
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        attn_output, attn_weights = attention_interface(
+            self,
+            query_states,
+            key_states,
+            value_states,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        attn_output = attn_output.reshape(*input_shape, -1).contiguous()
+        return self.o_proj(attn_output), attn_weights
+
+
+class MTTDecoderLayer(GradientCheckpointingLayer):
+    """Attention and MLP, each normalised before and added to the residual stream after."""
+
+    def __init__(self, config: MTTConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.self_attn = MTTAttention(config, layer_idx)
+        self.mlp = MTTMLP(config)
+        self.input_layernorm = build_norm(config, config.hidden_size)
+        self.post_attention_layernorm = build_norm(config, config.hidden_size)
+        self.hidden_dropout = config.hidden_dropout
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = False,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        residual = hidden_states
+        hidden_states = self.input_layernorm(hidden_states)
+        hidden_states, _ = self.self_attn(
+            hidden_states,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            position_embeddings=position_embeddings,
+            **kwargs,
+        )
+        hidden_states = residual + self._drop(hidden_states)
+
+        residual = hidden_states
+        hidden_states = self.post_attention_layernorm(hidden_states)
+        hidden_states = self.mlp(hidden_states)
+        return residual + self._drop(hidden_states)
+
+    def _drop(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return nn.functional.dropout(hidden_states, self.hidden_dropout, self.training)
+
+
+class MTTPreTrainedModel(PreTrainedModel):
+    """What transformers needs to know about every MTT model."""
+
+    config: MTTConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["MTTDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+
+    _can_compile_fullgraph = True
+    _supports_attention_backend = True
+    _can_record_outputs = {
+        "hidden_states": MTTDecoderLayer,
+        "attentions": MTTAttention,
+    }
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, MTTZeroCenteredLayerNorm | MTTZeroCenteredRMSNorm):
+            init.zeros_(module.weight)
+
+
+class MTTModel(MTTPreTrainedModel):
+    """The decoder without its head."""
+
+    def __init__(self, config: MTTConfig) -> None:
+        super().__init__(config)
+        # No padding index: the padding token of a Megatron model is often one it was trained on.
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_positions = None
+        if config.position_embedding_type == "learned":
+            self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.layers = nn.ModuleList(
+            [MTTDecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)]
+        )
+        self.norm = build_norm(config, config.hidden_size)
+        self.rotary_emb = None
+        if config.position_embedding_type == "rope":
+            self.rotary_emb = MTTRotaryEmbedding(config)
+        self.gradient_checkpointing = False
+
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPast:
+        """Compute the states that the head turns into logits.
+
+        Args:
+            input_ids (`torch.LongTensor`, *optional*):
+                Token ids, `[batch, sequence]`.
+            attention_mask (`torch.Tensor`, *optional*):
+                1 where there is a token and 0 where there is padding, `[batch, past + sequence]`.
+            position_ids (`torch.LongTensor`, *optional*):
+                Positions, `[batch or 1, sequence]`. Counted from the end of the cache by default.
+            past_key_values (`Cache`, *optional*):
+                Keys and values of earlier calls. Changed in place.
+            inputs_embeds (`torch.FloatTensor`, *optional*):
+                Token embeddings in place of `input_ids`, `[batch, sequence, hidden_size]`. Learned
+                positions are added to them.
+            use_cache (`bool`, *optional*):
+                Whether to start a cache if none is given.
+            **kwargs:
+                Passed down to the attention implementation.
+
+        Returns:
+            `BaseModelOutputWithPast` with `last_hidden_state` `[batch, sequence, hidden_size]`.
+
+        Raises:
+            `ValueError`: both or neither of `input_ids` and `inputs_embeds` are given, or a
+                position lies beyond the table of learned positions.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            given = "neither" if input_ids is None else "both"
+            raise ValueError(
+                f"You must specify exactly one of input_ids or inputs_embeds, got {given}"
+            )
+
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+
+        seen_tokens = past_key_values.get_seq_length() if past_key_values is not None else 0
+        sequence_length = inputs_embeds.shape[1]
+        # Positions that come with no cache may belong to several packed sequences.
+        counted = position_ids is None or past_key_values is not None
+        if position_ids is None:
+            position_ids = torch.arange(sequence_length, device=inputs_embeds.device) + seen_tokens
+            position_ids = position_ids.unsqueeze(0)
+
+        causal_mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+
+        hidden_states = inputs_embeds
+        # A later pipeline stage gets the states of the stage before it as `inputs_embeds`. Layer 0
+        # tells: transformers, vLLM and SGLang put an identity where a layer is another stage's.
+        # `embed_tokens` does not tell, since a tied head keeps it on the last stage too.
+        if not isinstance(self.layers[0], nn.Identity):
+            length = seen_tokens + sequence_length if counted else None
+            hidden_states = self._finish_embedding(hidden_states, position_ids, length)
+
+        position_embeddings = None
+        if self.rotary_emb is not None:
+            position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
+
+        for decoder_layer in self.layers[: self.config.num_hidden_layers]:
+            hidden_states = decoder_layer(
+                hidden_states,
+                attention_mask=causal_mask,
+                position_embeddings=position_embeddings,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                **kwargs,
+            )
+
+        hidden_states = self.norm(hidden_states)
+        return BaseModelOutputWithPast(
+            last_hidden_state=hidden_states,
+            past_key_values=past_key_values,
+        )
+
+    def _finish_embedding(
+        self,
+        inputs_embeds: torch.Tensor,
+        position_ids: torch.Tensor,
+        length: int | torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Apply what comes between the token embeddings and the first layer."""
+        if self.embed_positions is not None:
+            self._check_positions(position_ids, length)
+            inputs_embeds = inputs_embeds + self.embed_positions(position_ids)
+        return nn.functional.dropout(inputs_embeds, self.config.hidden_dropout, self.training)
+
+    def _check_positions(
+        self, position_ids: torch.Tensor, length: int | torch.Tensor | None
+    ) -> None:
+        """Raise a readable error in place of an index error, or of a failed assertion on a GPU.
+
+        Reading a position waits for the device. Off the CPU it is done only where `length`, the
+        tokens seen up to and with this call, says that something may be wrong. It is no proof:
+        padding on the left makes positions smaller.
+        """
+        table_size = self.config.max_position_embeddings
+        too_long = isinstance(length, int) and length > table_size
+        if is_tracing(position_ids) or not (too_long or position_ids.device.type == "cpu"):
+            return
+        largest = int(position_ids.max())
+        if largest >= table_size:
+            raise ValueError(
+                f"Position {largest} is beyond the table of learned positions: found a sequence of "
+                f"{largest + 1} tokens, expected at most max_position_embeddings ({table_size}). "
+                "Shorten the prompt or the generation; a learned table cannot be extended."
+            )
+
+
+class MTTForCausalLM(MTTPreTrainedModel, GenerationMixin):
+    """The decoder with a head that gives the next token's logits."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
+
+    def __init__(self, config: MTTConfig) -> None:
+        super().__init__(config)
+        self.model = MTTModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> CausalLMOutputWithPast:
+        """Compute logits, and a loss where there are labels.
+
+        Arguments not listed here are those of `MTTModel.forward`.
+
+        Args:
+            labels (`torch.LongTensor`, *optional*):
+                Token ids `[batch, sequence]` to predict, -100 where there is nothing to. The shift
+                by one token is done here: pass `input_ids` to train on them.
+            logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0):
+                How many of the last positions to compute logits for, or which ones. 0 means all.
+
+        Returns:
+            `CausalLMOutputWithPast` with `logits` `[batch, kept, vocab_size]` and `loss`.
+
+        ```python
+        >>> import torch
+        >>> from modeling_mtt import MTTConfig, MTTForCausalLM
+
+        >>> config = MTTConfig(hidden_size=64, num_attention_heads=4, num_hidden_layers=2)
+        >>> MTTForCausalLM(config)(torch.tensor([[1, 2, 3]])).logits.shape
+        torch.Size([1, 3, 50257])
+        ```
+        """
+        outputs: BaseModelOutputWithPast = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+
+        hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
+        logits = self.lm_head(hidden_states)
+
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
+            )
+
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+__all__ = ["MTTForCausalLM", "MTTModel", "MTTPreTrainedModel"]

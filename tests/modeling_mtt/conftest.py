@@ -1,0 +1,121 @@
+"""Tiny models with weights worth comparing."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from modeling_mtt import MTTConfig, MTTForCausalLM
+
+# The three shapes that differ most: what Megatron-Turing NLG is, what Llama is, and the rest.
+PRESETS: dict[str, dict[str, Any]] = {
+    "gpt": {},
+    "llama": {
+        "num_key_value_heads": 2,
+        "hidden_act": "silu",
+        "gated_mlp": True,
+        "norm_type": "rmsnorm",
+        "position_embedding_type": "rope",
+        "attention_bias": False,
+        "attention_out_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": False,
+    },
+    "nemotron": {
+        "num_key_value_heads": 1,
+        "head_dim": 12,
+        "hidden_act": "relu2",
+        "zero_centered_norm": True,
+        "use_qk_norm": True,
+        "position_embedding_type": "rope",
+        "rope_parameters": {"rope_theta": 5000.0, "partial_rotary_factor": 0.5},
+    },
+}
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def randomise() -> Callable[[nn.Module], nn.Module]:
+    """Give every parameter random values, so that no weight of 1 and no bias of 0 hides a mistake.
+
+    Parameters of one dimension are moved by a little, the others are drawn with a spread that keeps
+    logits far apart.
+    """
+
+    @torch.no_grad()
+    def apply(model: nn.Module) -> nn.Module:
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(torch.randn_like(parameter), alpha=0.2)
+            else:
+                parameter.normal_(std=0.25)
+        return model.eval()
+
+    return apply
+
+
+@pytest.fixture
+def tiny_config() -> Callable[..., MTTConfig]:
+    def build(preset: str = "gpt", **options: Any) -> MTTConfig:
+        defaults: dict[str, Any] = {
+            "vocab_size": 96,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 32,
+            "bos_token_id": None,
+            "eos_token_id": None,
+            "pad_token_id": 0,
+        }
+        return MTTConfig(**{**defaults, **PRESETS[preset], **options})
+
+    return build
+
+
+@pytest.fixture
+def tiny_model(
+    tiny_config: Callable[..., MTTConfig], randomise: Callable[[nn.Module], nn.Module]
+) -> Callable[..., MTTForCausalLM]:
+    def build(preset: str = "gpt", **options: Any) -> MTTForCausalLM:
+        return randomise(MTTForCausalLM(tiny_config(preset, **options)))
+
+    return build
+
+
+@pytest.fixture
+def run_python(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run a script in fresh processes and fail with what it printed."""
+
+    def run(script: str, *arguments: str, processes: int = 1) -> subprocess.CompletedProcess[str]:
+        path = tmp_path / "script.py"
+        path.write_text(script)
+        command = [sys.executable]
+        if processes > 1:
+            command += ["-m", "torch.distributed.run", "--standalone"]
+            command += ["--nproc-per-node", str(processes)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        result = subprocess.run(
+            [*command, str(path), *arguments],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert result.returncode == 0, f"{result.stdout}\n{result.stderr}"
+        return result
+
+    return run

@@ -1,0 +1,127 @@
+"""What a configuration accepts, refuses and stores."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+
+import pytest
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig
+
+import modeling_mtt
+from modeling_mtt import AUTO_MAP, MTTConfig
+
+
+def test_exports_are_sorted_and_complete():
+    assert modeling_mtt.__all__ == sorted(modeling_mtt.__all__)
+    for name in modeling_mtt.__all__:
+        assert hasattr(modeling_mtt, name)
+
+
+def test_defaults_describe_a_gpt():
+    config = MTTConfig()
+    assert config.model_type == "mtt"
+    assert config.num_key_value_heads == config.num_attention_heads == 16
+    assert config.head_dim == 64
+    assert config.rope_parameters is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"hidden_size": 33},
+            "hidden_size (33) is not a multiple of num_attention_heads (4): set head_dim.",
+        ),
+        (
+            {"num_key_value_heads": 3},
+            "num_attention_heads (4) is not a multiple of num_key_value_heads (3).",
+        ),
+        ({"num_attention_heads": 0}, "num_attention_heads (0) must be at least 1."),
+        ({"num_hidden_layers": 0}, "num_hidden_layers (0) must be at least 1."),
+        ({"head_dim": 0}, "head_dim (0) must be at least 1."),
+        ({"hidden_dropout": 1.5}, "hidden_dropout (1.5) is a probability, between 0 and 1."),
+        ({"norm_eps": 0.0}, "norm_eps (0.0) must be greater than 0."),
+        (
+            {"norm_type": "batchnorm"},
+            "'norm_type' expected one of ('layernorm', 'rmsnorm'), got batchnorm",
+        ),
+        (
+            {"hidden_act": "tanh"},
+            "'hidden_act' expected one of ('gelu', 'gelu_pytorch_tanh', 'silu', 'relu2'), got tanh",
+        ),
+        ({"position_embedding_type": "alibi"}, "expected one of ('learned', 'rope', 'none')"),
+        ({"gated_mlp": "yes"}, "'gated_mlp' expected bool, got str"),
+        (
+            {"rope_parameters": {"rope_theta": 1e4}},
+            "go with position_embedding_type 'rope', not 'learned': drop them or set the type.",
+        ),
+        (
+            {
+                "position_embedding_type": "rope",
+                "rope_parameters": {"partial_rotary_factor": 1.25},
+            },
+            "partial_rotary_factor (1.25) must be in (0, 1].",
+        ),
+        (
+            {
+                "position_embedding_type": "rope",
+                "rope_parameters": {"partial_rotary_factor": 0.1},
+            },
+            "head_dim (8) times partial_rotary_factor (0.1) makes 0 values to rotate: "
+            "expected 2 to 8.",
+        ),
+        (
+            {"position_embedding_type": "rope", "head_dim": 3},
+            "head_dim (3) times partial_rotary_factor (1.0) makes 4 values to rotate: "
+            "expected 2 to 3.",
+        ),
+    ],
+)
+def test_what_is_refused(options, message):
+    with pytest.raises(StrictDataclassError, match=re.escape(message)):
+        MTTConfig(**{"hidden_size": 32, "num_attention_heads": 4, **options})
+
+
+def test_head_dim_may_differ_from_its_share():
+    config = MTTConfig(hidden_size=33, num_attention_heads=4, head_dim=10)
+    assert config.head_dim == 10
+
+
+def test_rope_parameters_are_completed_and_left_alone():
+    mine = {"partial_rotary_factor": 0.5}
+    config = MTTConfig(position_embedding_type="rope", rope_parameters=mine)
+    assert mine == {"partial_rotary_factor": 0.5}
+    assert config.rope_parameters == {
+        "rope_theta": 10000.0,
+        "rope_type": "default",
+        "partial_rotary_factor": 0.5,
+    }
+
+
+@pytest.mark.parametrize("preset", ["gpt", "llama", "nemotron"])
+def test_round_trip(tiny_config, tmp_path, preset):
+    config = tiny_config(preset)
+    config.save_pretrained(tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    assert stored["auto_map"] == AUTO_MAP
+    assert not [name for name in stored if name.endswith("_plan")]
+
+    loaded = AutoConfig.from_pretrained(tmp_path)
+    assert type(loaded) is MTTConfig
+    assert loaded.to_diff_dict() == config.to_diff_dict()
+    assert copy.deepcopy(config).to_dict() == config.to_dict()
+
+
+def test_plans_name_only_what_is_there(tiny_config):
+    gpt, nemotron, llama = (tiny_config(name) for name in ("gpt", "nemotron", "llama"))
+    attention = {f"layers.*.self_attn.{name}_proj" for name in "qkvo"}
+    ungated = attention | {"layers.*.mlp.up_proj", "layers.*.mlp.down_proj"}
+    norms = {"layers.*.self_attn.q_norm", "layers.*.self_attn.k_norm"}
+    assert set(gpt.base_model_tp_plan) == ungated
+    assert set(llama.base_model_tp_plan) == ungated | {"layers.*.mlp.gate_proj"}
+    assert set(nemotron.base_model_tp_plan) == ungated | norms
+    assert "embed_positions" in gpt.base_model_pp_plan
+    assert "embed_positions" not in llama.base_model_pp_plan

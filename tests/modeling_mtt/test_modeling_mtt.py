@@ -1,0 +1,300 @@
+"""The model by itself: caches, padding, positions, training, saving."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoModel,
+    AutoModelForCausalLM,
+    CompileConfig,
+    DynamicCache,
+    StaticCache,
+)
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from modeling_mtt import MTTForCausalLM, MTTModel
+
+PRESETS = ["gpt", "llama", "nemotron"]
+
+
+def ids(*shape: int) -> torch.Tensor:
+    return torch.randint(1, 96, shape)
+
+
+def close(found: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("preset", "present", "absent"),
+    [
+        ("gpt", ["model.embed_positions.weight"], ["mlp.gate_proj", "q_norm"]),
+        ("llama", ["model.layers.2.mlp.gate_proj.weight"], ["embed_positions", "bias", "q_norm"]),
+        ("nemotron", ["model.layers.0.self_attn.k_norm.bias"], ["embed_positions", "gate_proj"]),
+    ],
+)
+def test_parameters_exist_only_where_configured(tiny_model, preset, present, absent):
+    names = tiny_model(preset).state_dict().keys()
+    assert set(present) <= names
+    assert not [name for name in names if any(part in name for part in absent)]
+
+
+@pytest.mark.parametrize("zero_centered_norm", [False, True])
+@pytest.mark.parametrize("norm_type", ["layernorm", "rmsnorm"])
+def test_fresh_norms_do_nothing(tiny_config, norm_type, zero_centered_norm):
+    config = tiny_config(
+        norm_type=norm_type, zero_centered_norm=zero_centered_norm, use_qk_norm=True
+    )
+    state_dict = MTTForCausalLM(config).state_dict()
+    norms = {name: tensor for name, tensor in state_dict.items() if "norm" in name}
+    assert len(norms) == (4 * 3 + 1) * (2 if norm_type == "layernorm" else 1)
+    for name, tensor in norms.items():
+        value = 1.0 if name.endswith(".weight") and not zero_centered_norm else 0.0
+        assert torch.all(tensor == value), name
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_cache_changes_nothing(tiny_model, preset):
+    model = tiny_model(preset)
+    input_ids = ids(2, 10)
+    with torch.no_grad():
+        expected = model(input_ids, use_cache=False)
+        assert expected.past_key_values is None
+
+        cache = DynamicCache(config=model.config)
+        for start, stop in [(0, 6), (6, 7), (7, 10)]:
+            logits = model(input_ids[:, start:stop], past_key_values=cache).logits
+            close(logits, expected.logits[:, start:stop])
+
+        cache = StaticCache(config=model.config, max_cache_len=12)
+        for start, stop in [(0, 6), (6, 7), (7, 10)]:
+            logits = model(input_ids[:, start:stop], past_key_values=cache).logits
+            close(logits, expected.logits[:, start:stop])
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_padding_on_the_left_changes_nothing(tiny_model, preset):
+    model = tiny_model(preset)
+    long, short = ids(1, 9), ids(1, 5)
+    padded = torch.cat([long, torch.cat([torch.zeros(1, 4, dtype=torch.long), short], 1)])
+    options = {"max_new_tokens": 6, "do_sample": False}
+    together = model.generate(padded, attention_mask=(padded != 0).long(), **options)
+    for row, alone in enumerate([long, short]):
+        expected = model.generate(alone, attention_mask=torch.ones_like(alone), **options)
+        assert together[row, -6:].tolist() == expected[0, -6:].tolist()
+
+
+@pytest.mark.parametrize("preset", ["gpt", "nemotron"])
+def test_static_cache_compiles_in_one_graph(tiny_model, preset):
+    model = tiny_model(preset)
+    input_ids = ids(2, 5)
+    options = {
+        "attention_mask": torch.ones_like(input_ids),
+        "max_new_tokens": 6,
+        "do_sample": False,
+    }
+    expected = model.generate(input_ids, **options)
+
+    # "eager" runs the graph as it was captured: what is tested is that it is one graph.
+    compile_config = CompileConfig(fullgraph=True, backend="eager", mode=None)
+    compile_config._compile_all_devices = True
+    torch.compiler.reset()
+    found = model.generate(
+        input_ids, cache_implementation="static", compile_config=compile_config, **options
+    )
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    assert found.tolist() == expected.tolist()
+
+
+def test_eager_attention_agrees_and_gives_weights(tiny_model):
+    model = tiny_model("nemotron")
+    input_ids, attention_mask = ids(2, 7), torch.ones(2, 7, dtype=torch.long)
+    attention_mask[0, :3] = 0
+    with torch.no_grad():
+        expected = model(input_ids, attention_mask=attention_mask).logits
+        model.set_attn_implementation("eager")
+        outputs = model(
+            input_ids,
+            attention_mask=attention_mask,
+            output_attentions=True,
+            output_hidden_states=True,
+        )
+    close(outputs.logits[:, 3:], expected[:, 3:])
+    assert [tuple(weights.shape) for weights in outputs.attentions] == [(2, 4, 7, 7)] * 3
+    assert [tuple(states.shape) for states in outputs.hidden_states] == [(2, 7, 32)] * 4
+
+
+def test_other_attention_functions_get_every_argument(tiny_model):
+    seen = []
+
+    def probe(module, *tensors, **kwargs):
+        seen.append((module.layer_idx, kwargs.pop("note")))
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, *tensors, **kwargs)
+
+    AttentionInterface.register("mtt_probe", probe)
+    AttentionMaskInterface.register("mtt_probe", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    model = tiny_model("llama")
+    input_ids = ids(1, 4)
+    with torch.no_grad():
+        expected = model(input_ids).logits
+        model.set_attn_implementation("mtt_probe")
+        close(model(input_ids, note="here").logits, expected)
+    assert seen == [(0, "here"), (1, "here"), (2, "here")]
+
+
+def test_packed_sequences_do_not_see_each_other(tiny_model):
+    model = tiny_model("gpt")
+    first, second = ids(1, 20), ids(1, 20)
+    positions = torch.arange(20).repeat(2).unsqueeze(0)
+    with torch.no_grad():
+        packed = model(
+            torch.cat([first, second], 1), position_ids=positions, use_cache=False
+        ).logits
+        close(packed[:, :20], model(first).logits)
+        close(packed[:, 20:], model(second).logits)
+
+
+def test_embeddings_of_the_users_own_get_positions(tiny_model):
+    model = tiny_model("gpt")
+    input_ids = ids(2, 6)
+    with torch.no_grad():
+        embeddings = model.get_input_embeddings()(input_ids)
+        close(model(inputs_embeds=embeddings).logits, model(input_ids).logits)
+
+
+def test_a_stage_without_the_first_layer_adds_no_positions(tiny_model):
+    model = tiny_model("gpt").model
+    states = torch.randn(1, 5, 32)
+    with torch.no_grad():
+        expected = states
+        mask = torch.full((5, 5), torch.finfo(torch.float).min).triu(1)[None, None]
+        for layer in model.layers[1:]:
+            expected = layer(expected, attention_mask=mask)
+        expected = model.norm(expected)
+
+        model.layers[0] = nn.Identity()
+        model.layers[0].forward = lambda hidden_states, **kwargs: hidden_states
+        close(model(inputs_embeds=states).last_hidden_state, expected)
+
+
+def test_exactly_one_input(tiny_model):
+    model = tiny_model().model
+    with pytest.raises(ValueError, match="exactly one of input_ids or inputs_embeds, got neither"):
+        model()
+    with pytest.raises(ValueError, match="exactly one of input_ids or inputs_embeds, got both"):
+        model(ids(1, 2), inputs_embeds=torch.zeros(1, 2, 32))
+
+
+def test_positions_beyond_the_table(tiny_model):
+    model = tiny_model("gpt")
+    message = (
+        r"Position 32 .* found a sequence of 33 tokens, expected at most "
+        r"max_position_embeddings \(32\)\. Shorten"
+    )
+    model(ids(1, 32))
+    with pytest.raises(ValueError, match=message):
+        model(ids(1, 33))
+    with pytest.raises(ValueError, match=message):
+        model(ids(1, 1), position_ids=torch.tensor([[32]]))
+    input_ids = ids(1, 30)
+    for cache in ["dynamic", "static"]:
+        with pytest.raises(ValueError, match=message):
+            model.generate(
+                input_ids,
+                attention_mask=torch.ones_like(input_ids),
+                max_new_tokens=5,
+                cache_implementation=cache,
+            )
+
+    tiny_model("llama")(ids(1, 33))
+
+
+def test_positions_are_not_read_in_vain_off_the_cpu(tiny_model, monkeypatch):
+    """Reading them makes an accelerator wait; `meta` stands in for one, and cannot be read."""
+    model = tiny_model("gpt").model
+    on_device = torch.empty(1, 1, dtype=torch.long, device="meta")
+    model._check_positions(on_device, 32)
+    model._check_positions(on_device, None)
+    model._check_positions(on_device, torch.empty((), device="meta"))
+    with pytest.raises(RuntimeError, match="meta"):
+        model._check_positions(on_device, 33)
+
+
+def test_padding_may_exceed_the_table(tiny_model):
+    model = tiny_model("gpt")
+    input_ids = ids(1, 30)
+    padded = torch.cat([torch.zeros(1, 10, dtype=torch.long), input_ids], 1)
+    options = {"max_new_tokens": 2, "do_sample": False}
+    found = model.generate(padded, attention_mask=(padded != 0).long(), **options)
+    expected = model.generate(input_ids, attention_mask=torch.ones_like(input_ids), **options)
+    assert found[0, -2:].tolist() == expected[0, -2:].tolist()
+
+
+def test_hidden_dropout_comes_after_embeddings_attention_and_mlp(tiny_model):
+    model = tiny_model("gpt", hidden_dropout=1.0).model.train()
+    states = model(ids(1, 4)).last_hidden_state
+    close(states, model.norm.bias.expand_as(states))
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_gradient_checkpointing_changes_nothing(tiny_model, preset):
+    model = tiny_model(preset).train()
+    input_ids = ids(2, 8)
+    model(input_ids, labels=input_ids).loss.backward()
+    expected = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    # Renamed in transformers 5.23.
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    (enable or model.gradient_checkpointing_enable)()
+    assert model.is_gradient_checkpointing
+    model(input_ids, labels=input_ids, use_cache=False).loss.backward()
+    for name, parameter in model.named_parameters():
+        close(parameter.grad, expected[name])
+
+
+def test_logits_to_keep(tiny_model):
+    model = tiny_model("llama")
+    input_ids = ids(2, 6)
+    with torch.no_grad():
+        every = model(input_ids).logits
+        close(model(input_ids, logits_to_keep=2).logits, every[:, -2:])
+        chosen = torch.tensor([0, 3])
+        close(model(input_ids, logits_to_keep=chosen).logits, every[:, chosen])
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_save_and_load(tiny_model, tmp_path, preset):
+    model = tiny_model(preset)
+    input_ids = ids(1, 5)
+    model.save_pretrained(tmp_path)
+
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(loaded) is MTTForCausalLM
+    expected = model.state_dict()
+    assert loaded.state_dict().keys() == expected.keys()
+    for name, tensor in loaded.state_dict().items():
+        assert torch.equal(tensor, expected[name]), name
+    tied = loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    assert tied == model.config.tie_word_embeddings
+
+    base = AutoModel.from_pretrained(tmp_path)
+    assert type(base) is MTTModel
+    with torch.no_grad():
+        close(loaded(input_ids).logits, model(input_ids).logits)
+        close(base(input_ids).last_hidden_state, model.model(input_ids).last_hidden_state)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_bfloat16(tiny_model, preset):
+    model = tiny_model(preset)
+    input_ids = ids(1, 5)
+    with torch.no_grad():
+        expected = model(input_ids).logits
+        logits = model.bfloat16()(input_ids).logits
+    assert logits.dtype == torch.bfloat16
+    assert (logits - expected).abs().mean() < 0.1 * expected.std()
