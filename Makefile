@@ -67,7 +67,7 @@ clean:
 define install
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 	    echo "error: mtt needs Python 3.11 or newer"; \
-	    echo "  found:    $(PYTHON) is $$($(PYTHON) --version 2>&1 | head -n 1)"; \
+	    echo "  found:    $(PYTHON): $$($(PYTHON) --version 2>&1 | head -n 1)"; \
 	    echo "  expected: Python >= 3.11"; \
 	    echo "  fix:      name one, e.g. make $(MAKECMDGOALS) PYTHON=python3.12"; \
 	    exit 1; } >&2

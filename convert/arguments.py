@@ -21,16 +21,15 @@ so the user is asked (`_ask`).
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from types import MappingProxyType
 
-from .architecture import PARAMS_DTYPES, Architecture
+from .architecture import PARAMS_DTYPES, Architecture, Sizes, read_shapes
 from .dtypes import DType
-from .errors import IncompleteError, InconsistentError, UnsupportedError, UsageError
+from .errors import UnsupportedError, UsageError
 
 Arguments = Mapping[str, object]
 _NONE: Arguments = MappingProxyType({})
@@ -89,8 +88,7 @@ NEUTRAL: Mapping[str, Neutral] = {
     "qk_l2_norm": Neutral("Llama 4's norm without weights on queries and keys"),
     "softmax_scale": Neutral("attention scores scaled by another number", (None,)),
     "softmax_type": Neutral("a softmax with an offset or a learned sink", (None, "vanilla")),
-    # -1 is without bound; the second number bounds what a causal mask hides anyway.
-    "window_size": Neutral("sliding-window attention", (None, (-1, -1), (-1, 0))),
+    "window_size": Neutral("sliding-window attention"),
     "window_attn_skip_freq": Neutral("sliding-window attention on some layers"),
     # positions
     "enable_gpt_oss": Neutral("GPT-OSS's attention sinks, windows and YaRN positions"),
@@ -264,8 +262,7 @@ def architecture_from_args(
         gated_linear_unit=gated,
         add_bias_linear=_or(a, "add_bias_linear", True),  # an argument since 2023-03
         add_qkv_bias=_or(a, "add_qkv_bias", False),  # since core_v0.5
-        # The legacy GPT has no such norm (megatron/legacy/model/transformer.py).
-        qk_layernorm=_or(a, "qk_layernorm", False) and not legacy,
+        qk_layernorm=_or(a, "qk_layernorm", False),
         untie_embeddings_and_output_weights=_or(a, "untie_embeddings_and_output_weights", False),
         attention_dropout=_or(a, "attention_dropout", 0.1),
         hidden_dropout=_or(a, "hidden_dropout", 0.1),
@@ -394,9 +391,7 @@ def _missing(names: Iterable[str], message: str) -> UsageError:
     return UsageError(
         message,
         found=f"no {', '.join(names)}",
-        expected="; ".join(
-            f"{name} ({notes[name]})" if name in notes else name for name in names
-        ),
+        expected="; ".join(f"{name} ({notes[name]})" if name in notes else name for name in names),
         fix="with this model's values: "
         + " ".join(f"--set {name}={examples[name]}" for name in names),
     )
@@ -605,11 +600,6 @@ def true_vocab_size(args: Arguments) -> int | None:
     return size if size >= 1 and not (isinstance(padded, int) and size > padded) else None
 
 
-_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
-_QKV, _PROJ = "self_attention.linear_qkv", "self_attention.linear_proj"
-_FC1, _FC2 = "mlp.linear_fc1", "mlp.linear_fc2"
-
-
 def architecture_from_shapes(
     shapes: Mapping[str, tuple[int, ...]], overrides: Arguments = _NONE
 ) -> Architecture:
@@ -628,12 +618,9 @@ def architecture_from_shapes(
     """
     _check_overrides(overrides)
     said = _said(overrides)
-    layers = _layers(shapes)
-    seen = _seen(shapes, layers[0], len(layers))
-    heads, groups = _heads(layers[0], said)
-    if heads is not None and groups is not None:
-        seen |= {"num_attention_heads": heads, "num_query_groups": groups}
-        seen["kv_channels"] = layers[0][f"{_PROJ}.weight"][1] // heads
+    _check_types(said, said)
+    sizes = read_shapes(shapes)
+    seen = {**sizes.fields, **_heads(sizes, said)}
     for name, value in seen.items():
         if said.get(name, value) != value:
             raise UsageError(
@@ -643,28 +630,121 @@ def architecture_from_shapes(
                 fix=f"leave out --set {name}",
             )
     a = {**seen, "group_query_attention": True, **said}
-    gated = layers[0][f"{_FC1}.weight"][0] == 2 * layers[0][f"{_FC2}.weight"][1]
-    needed = ["num_attention_heads", "layernorm_epsilon", "layernorm_zero_centered_gamma"]
-    if "position_embedding_type" not in a:
-        needed += ["position_embedding_type", "rotary_base", "rotary_percent", "use_rope_scaling"]
-    elif a["position_embedding_type"] == "rope":
-        needed += ["rotary_base", "rotary_percent", "use_rope_scaling"]
-    kinds = ("squared_relu", "openai_gelu", "bias_gelu_fusion")
-    needed += ["max_position_embeddings", "swiglu" if gated else "bias_gelu_fusion"]
-    missing = [name for name in needed if a.get(name) is None]
-    if not gated and any(a.get(name) is not None for name in kinds):
-        missing = [name for name in missing if name != "bias_gelu_fusion"]
+    missing = [name for name in _unseen(a, sizes.gated) if a.get(name) is None]
     if missing:
         raise _missing(missing, "the checkpoint has no arguments, and shapes do not say everything")
-    if (a.get("swiglu") is True) != gated:
-        rows, columns = layers[0][f"{_FC1}.weight"][0], layers[0][f"{_FC2}.weight"][1]
+    if (a.get("swiglu") is True) != sizes.gated:
         raise UsageError(
             "--set swiglu contradicts the tensors",
             found=f"swiglu = {_show(a.get('swiglu'))}",
-            expected=f"{gated}: linear_fc1 has {rows} rows, linear_fc2 {columns} columns",
-            fix=f"--set swiglu={gated}, or convert nothing if the gate is another function",
+            expected=f"{sizes.gated}: linear_fc1 has {2 if sizes.gated else 1} row(s) for each "
+            "column of linear_fc2",
+            fix=f"--set swiglu={sizes.gated} if that is the activation",
         )
-    a.setdefault("swiglu", False)
-    a.setdefault("bias_gelu_fusion", False)
-    # What the user says is all there is: openai_gelu counts, as in the trees without arguments.
-    return architecture_from_args(a, overrides=overrides, legacy=not gated)
+    # Trees without arguments know openai_gelu; whatever the user says counts.
+    legacy = a.get("openai_gelu") is True or a.get("onnx_safe") is True
+    return architecture_from_args(
+        {"swiglu": False, "bias_gelu_fusion": False, **a}, overrides=overrides, legacy=legacy
+    )
+
+
+def _unseen(a: Arguments, gated: bool) -> Iterable[str]:
+    """What shapes do not say and every model must have."""
+    yield "num_attention_heads"
+    yield "layernorm_epsilon"
+    yield "layernorm_zero_centered_gamma"
+    kinds = "squared_relu openai_gelu onnx_safe use_te_activation_func".split()
+    if gated:
+        yield "swiglu"
+    elif all(a.get(name) is None for name in kinds):
+        yield "bias_gelu_fusion"
+    yield "position_embedding_type"
+    yield "max_position_embeddings"
+    if a.get("position_embedding_type", "rope") == "rope":
+        yield from ("rotary_base", "rotary_percent", "use_rope_scaling")
+
+
+def _heads(sizes: Sizes, said: Arguments) -> dict[str, object]:
+    """Head numbers and size, from whichever of them is known; empty if none is."""
+    channels, heads = said.get("kv_channels", sizes.kv_channels), said.get("num_attention_heads")
+    if sizes.kv_channels is None and channels is None and isinstance(heads, int) and heads > 0:
+        channels = sizes.attention_size // heads
+    if not isinstance(channels, int):
+        return {}
+    if channels < 1 or sizes.attention_size % channels or sizes.key_value_size % channels:
+        given = {
+            name: said[name] for name in ("kv_channels", "num_attention_heads") if name in said
+        }
+        raise UsageError(
+            "the attention tensors cannot be divided into such heads",
+            found=", ".join(f"{name} = {value}" for name, value in given.items()),
+            expected=f"heads that divide {sizes.attention_size} query and "
+            f"{sizes.key_value_size} key channels",
+            fix="correct --set num_attention_heads",
+        )
+    return {
+        "kv_channels": channels,
+        "num_attention_heads": sizes.attention_size // channels,
+        "num_query_groups": sizes.key_value_size // channels,
+    }
+
+
+def unknown_arguments(args: Arguments) -> list[str]:
+    """Names this version does not know, of arguments that are set to something.
+
+    They may change the forward pass: worth a warning.
+    """
+    known = {*SETTINGS, *NEUTRAL, *LOW_PRECISION, *RENAMED}
+    return sorted(
+        name
+        for name, value in args.items()
+        if name not in known and not is_known(name) and not _is_in(value, (*_OFF, {}))
+    )
+
+
+def low_precision(args: Arguments) -> list[str]:
+    """What training computed in few bits: notes that change nothing in a conversion."""
+    return [
+        f"trained with {meaning} ({name} = {_show(args[name])}); the weights stand as they are, "
+        "and what is computed with them in their own type differs by that rounding"
+        for name, meaning in LOW_PRECISION.items()
+        if not _is_in(args.get(name), (*_OFF, "none", "None"))
+    ]
+
+
+def is_known(name: str) -> bool:
+    """Whether an argument is on the list of those without a part in the forward pass."""
+    names, prefixes = _known_arguments()
+    return name in names or name.startswith(prefixes)
+
+
+@cache
+def _known_arguments() -> tuple[frozenset[str], tuple[str, ...]]:
+    """Names and prefixes (`name*`) of known_arguments.txt."""
+    text = files(__package__).joinpath("known_arguments.txt").read_text(encoding="utf-8")
+    words = [line for line in text.splitlines() if line and not line.startswith("#")]
+    names = frozenset(word for word in words if not word.endswith("*"))
+    return names, tuple(word[:-1] for word in words if word.endswith("*"))
+
+
+def _or(a: Arguments, name: str, default: object) -> object:
+    """An argument's value, or the default where it is absent or None."""
+    value = a.get(name)
+    return default if value is None else value
+
+
+def _is_in(value: object, values: tuple[object, ...]) -> bool:
+    """Whether a plain value is one of these; an object of an unknown class never is."""
+    if isinstance(value, list):
+        value = tuple(value)
+    plain = value is None or isinstance(value, (bool, int, float, str, tuple, dict))
+    return plain and value in values
+
+
+def _neutral_text(values: tuple[object, ...]) -> str:
+    return "None" if values == _OFF else " or ".join(_show(v) for v in values if v not in _OFF[1:])
+
+
+def _show(value: object) -> str:
+    text = str(value) if isinstance(value, DType) else repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

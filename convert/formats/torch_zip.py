@@ -57,7 +57,7 @@ class _Archive:
 
     def __init__(self, path: str, file: BinaryIO, start: int, end: int) -> None:
         self.path, self._file, self._start, self._end = path, file, start, end
-        window = file if start == 0 else cast(BinaryIO, _Window(file, start, end))
+        window = cast(BinaryIO, _Window(file, start, end))
         try:
             self._zip = zipfile.ZipFile(window)
         except (zipfile.BadZipFile, ValueError, OverflowError, struct.error) as error:

@@ -1,0 +1,75 @@
+"""The engine on names alone."""
+
+import pytest
+
+from mtt_convert.architecture import Architecture
+from mtt_convert.dtypes import DTYPES
+from mtt_convert.errors import MappingError
+from mtt_convert.families import mtt
+from mtt_convert.mapping import Rule, RuleTable
+from mtt_convert.ops import SplitGated
+from mtt_convert.tensors import LazyTensor
+
+TINY = Architecture(
+    num_layers=1,
+    hidden_size=4,
+    ffn_hidden_size=4,
+    num_attention_heads=2,
+    num_query_groups=1,
+    kv_channels=2,
+    padded_vocab_size=8,
+    max_position_embeddings=4,
+    layernorm_epsilon=1e-5,
+)
+
+
+def test_a_becomes_b() -> None:
+    (match,) = RuleTable(Rule("a", "b")).resolve(["a"])
+    assert (match.sources, match.targets) == (("a",), ("b",))
+
+
+def test_placeholders_and_alternatives() -> None:
+    table = RuleTable(Rule("a.{i}.{p}", "b.{i}.{x,y}.{p}", SplitGated()))
+    (match,) = table.resolve(["a.12.bias"])
+    assert match.targets == ("b.12.x.bias", "b.12.y.bias")
+    (back,) = table.inverse.resolve(match.targets)
+    assert (back.sources, back.targets) == (match.targets, match.sources)
+
+
+@pytest.mark.parametrize(
+    ("table", "names", "culprit"),
+    [
+        (RuleTable(Rule("a", "b")), ["a", "c"], "c"),
+        (RuleTable(Rule("a.{i}", "b.{i}"), Rule("a.0", "c")), ["a.0"], "a.0"),
+        (RuleTable(Rule("{x,y}", "z")), ["x"], "without y"),
+        (RuleTable(Rule("a", "c"), Rule("b", "c")), ["a", "b"], "c"),
+        (RuleTable(Rule("a.{i}", "b.{i}")), ["a.one"], "a.one"),
+    ],
+    ids=["unmatched", "twice", "partial", "collision", "not a number"],
+)
+def test_every_name_is_accounted_for_once(table: RuleTable, names: list, culprit: str) -> None:
+    with pytest.raises(MappingError) as error:
+        table.resolve(names)
+    assert culprit in str(error.value.found)
+
+
+def test_dots_are_literal() -> None:
+    with pytest.raises(MappingError):
+        RuleTable(Rule("a.b", "c")).resolve(["axb"])
+
+
+def tensor(*shape: int) -> LazyTensor:
+    return LazyTensor.in_file(DTYPES["float32"], shape, "file", 0)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_every_family_rule_undoes_itself(gated: bool) -> None:
+    architecture = Architecture(
+        **{f: getattr(TINY, f) for f in TINY.__dataclass_fields__} | {"gated_linear_unit": gated}
+    )
+    from mtt_convert.parameters import expected
+
+    source = {name: tensor(*shape) for name, shape in expected(architecture).items()}
+    table = mtt.rules(architecture)
+    back = table.inverse.apply(table.apply(source, architecture), architecture)
+    assert {n: t.shape for n, t in back.items()} == {n: t.shape for n, t in source.items()}
