@@ -38,10 +38,10 @@ test: $(READY)
 	$(PYTEST) $(VENV)/bin/python -m pytest $(PYTEST_FLAGS)
 
 check:
-	$(MAKE) format-check
-	$(MAKE) lint
-	$(MAKE) types
-	$(MAKE) test
+	@$(MAKE) --no-print-directory format-check
+	@$(MAKE) --no-print-directory lint
+	@$(MAKE) --no-print-directory types
+	@$(MAKE) --no-print-directory test
 
 format: $(READY)
 	$(VENV)/bin/ruff check --select I --fix --quiet .

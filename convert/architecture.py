@@ -104,7 +104,8 @@ class Architecture:
     """Every linear layer but the output layer has a bias."""
 
     add_qkv_bias: bool = False
-    """`linear_qkv` has a bias even without `add_bias_linear`: see `has_qkv_bias`."""
+    """`linear_qkv` has a bias, whatever `add_bias_linear` says; `has_qkv_bias` asks for both, as
+    newer trees store this one as implied by that one and older trees do not."""
 
     qk_layernorm: bool = False
     """A norm of kind `normalization` on each query and key head, before the rotation."""

@@ -68,6 +68,7 @@ NEUTRAL: Mapping[str, Neutral] = {
     "is_hybrid_model": Neutral(_HYBRID),
     "modelopt_enabled": Neutral(_MODELOPT),
     "mtp_num_layers": Neutral("layers that predict further tokens; mtt would drop them"),
+    "num_attention_heads_kv": Neutral("EPFL's Megatron-LLM, with other rows and names", (None,)),
     # Layers shared by layer numbers; all are distinct when it equals num_layers.
     # (Source: ParallelTransformer, megatron/model/transformer.py of September 2020.)
     "num_unique_layers": Neutral("layers used more than once"),
@@ -122,6 +123,7 @@ NEUTRAL: Mapping[str, Neutral] = {
     # language_module.py, transformer_config.py at core_v0.17); all mup_* do nothing without it.
     "use_mup": Neutral("muP's factors on embeddings, scores and logits"),
     # weights that are not plain numbers
+    "compression_training": Neutral("DeepSpeed's pruning and quantisation"),
     "export_quant_cfg": Neutral(_QUANTISED, (*_OFF, "None")),
     "export_real_quant_cfg": Neutral(_QUANTISED, (*_OFF, "None")),
     "fp4_param": Neutral(_QUANTISED),
@@ -142,6 +144,7 @@ LOW_PRECISION: Mapping[str, str] = {
     "kitchen_recipe_number": "matrix products quantised by Kitchen",
     "quant_recipe": "matrix products quantised by a recipe",
     "te_precision_config_file": "matrix products in a precision of their own",
+    "use_kitchen": "matrix products quantised by Kitchen",
     "use_kitchen_attention": "attention computed by Kitchen",
 }
 
@@ -240,6 +243,7 @@ def architecture_from_args(
         legacy = _is_legacy(a)
     kind = _position_embedding_type(a)
     activation, gated = _activation(a, legacy)
+    biases = _or(a, "add_bias_linear", True)  # an argument since 2023-04
     hidden, heads = a["hidden_size"], a["num_attention_heads"]
     assert isinstance(hidden, int) and isinstance(heads, int)
     rotary = _rotary(a, said, legacy) if kind == "rope" else {}
@@ -260,8 +264,8 @@ def architecture_from_args(
         layernorm_zero_centered_gamma=_or(a, "layernorm_zero_centered_gamma", False),
         activation=activation,
         gated_linear_unit=gated,
-        add_bias_linear=_or(a, "add_bias_linear", True),  # an argument since 2023-03
-        add_qkv_bias=_or(a, "add_qkv_bias", False),  # since core_v0.5
+        add_bias_linear=biases,
+        add_qkv_bias=biases or _or(a, "add_qkv_bias", False),  # an argument since core_v0.5
         qk_layernorm=_or(a, "qk_layernorm", False),
         untie_embeddings_and_output_weights=_or(a, "untie_embeddings_and_output_weights", False),
         attention_dropout=_or(a, "attention_dropout", 0.1),
@@ -329,13 +333,13 @@ def _refuse(a: Arguments) -> None:
     if "num_unique_layers" in odd and a["num_unique_layers"] == a.get("num_layers"):
         odd.remove("num_unique_layers")
     if odd:
-        neutral = {name: _neutral_text(NEUTRAL[name].values) for name in odd}
+        neutral = {name: _neutral_text(a[name], NEUTRAL[name].values) for name in odd}
         raise UnsupportedError(
             "the model computes something that mtt cannot represent",
-            found="; ".join(f"{n} = {_show(a[n])}: {NEUTRAL[n].meaning}" for n in odd),
-            expected=", ".join(f"{name} = {text}" for name, text in neutral.items()),
-            fix="none for such a model; for an argument that does not describe this one, "
-            f"say so: --set {odd[0]}={neutral[odd[0]].split(' ')[0]}",
+            found="; ".join(f"{n} = {_show(a[n])} ({NEUTRAL[n].meaning})" for n in odd),
+            expected="; ".join(f"{name} = {text}" for name, text in neutral.items()),
+            fix="mtt converts plain GPT models; if this is one all the same, "
+            + " ".join(f"--set {name}={text}" for name, text in neutral.items()),
         )
 
 
@@ -369,7 +373,6 @@ def _missing(names: Iterable[str], message: str) -> UsageError:
         "num_layers": "24",
         "hidden_size": "1024",
         "num_attention_heads": "16",
-        "num_query_groups": "8",
         "max_position_embeddings": "2048",
         "padded_vocab_size": "50304",
         "layernorm_epsilon": "1e-5",
@@ -397,8 +400,9 @@ def _missing(names: Iterable[str], message: str) -> UsageError:
     )
 
 
-def _ask(name: str, value: object, used: object, who: str) -> UsageError:
+def _ask(a: Arguments, name: str, used: object, who: str) -> UsageError:
     """The error for an argument that Megatron-LM stored but did not use."""
+    value = a[name]
     return UsageError(
         f"it is not certain that the model was trained with the checkpoint's {name}",
         found=f"{name} = {_show(value)}, which {who}",
@@ -454,26 +458,26 @@ def _rotary(a: Arguments, said: Arguments, legacy: bool) -> dict[str, object]:
     llama3 scaling; GPTModel in pretrain_gpt.py and gpt_builders.py gets no scaling factor in any
     release or branch, and no interpolation factor before core_v0.19.)
     """
-    base = a.get("rotary_base")
-    if base is None:  # before core_v0.8 the base was a constant; Megatron-DeepSpeed: rope_theta
-        base = _or(a, "rope_theta", 10000.0)
-    elif legacy and base != 10000 and "rotary_base" not in said:
-        raise _ask("rotary_base", base, 10000, "Megatron-LM's legacy GPT ignores")
+    # Before core_v0.8 the base was a constant; Megatron-DeepSpeed has rope_theta.
+    fixed = _number(a, "rope_theta", 10000)
+    base = _number(a, "rotary_base", fixed)
+    if legacy and base != fixed and "rotary_base" not in said:
+        raise _ask(a, "rotary_base", 10000, "Megatron-LM's legacy GPT ignores")
     scaled = a.get("use_rope_scaling") is True
     if scaled and legacy and "use_rope_scaling" not in said:
-        raise _ask("use_rope_scaling", True, False, "Megatron-LM's legacy GPT ignores")
-    factor = _or(a, "rope_scaling_factor", 8.0)  # core_v0.10 has no argument for it
+        raise _ask(a, "use_rope_scaling", False, "Megatron-LM's legacy GPT ignores")
+    factor = _number(a, "rope_scaling_factor", 8)  # core_v0.10 has no argument for it
     if scaled and factor != 8 and "rope_scaling_factor" not in said:
-        raise _ask("rope_scaling_factor", factor, 8.0, "pretrain_gpt.py ignores")
+        raise _ask(a, "rope_scaling_factor", 8.0, "pretrain_gpt.py ignores")
     name = "rotary_seq_len_interpolation_factor"
-    interpolation = _or(a, name, 1)
+    interpolation = _number(a, name, 1)
     if interpolation != 1 and not legacy and name not in said:
-        raise _ask(name, interpolation, 1, "pretrain_gpt.py ignores before core_v0.19")
+        raise _ask(a, name, 1, "pretrain_gpt.py ignores before core_v0.19")
     return {
-        "rotary_base": float(str(base)),
-        "rotary_percent": float(str(_or(a, "rotary_percent", 1.0))),
-        "rope_scaling_factor": float(str(factor)) if scaled else None,
-        name: None if interpolation == 1 else float(str(interpolation)),
+        "rotary_base": base,
+        "rotary_percent": _number(a, "rotary_percent", 1),
+        "rope_scaling_factor": factor if scaled else None,
+        name: None if interpolation == 1 else interpolation,
     }
 
 
@@ -666,8 +670,8 @@ def _unseen(a: Arguments, gated: bool) -> Iterable[str]:
 
 def _heads(sizes: Sizes, said: Arguments) -> dict[str, object]:
     """Head numbers and size, from whichever of them is known; empty if none is."""
-    channels, heads = said.get("kv_channels", sizes.kv_channels), said.get("num_attention_heads")
-    if sizes.kv_channels is None and channels is None and isinstance(heads, int) and heads > 0:
+    channels, heads = sizes.kv_channels or said.get("kv_channels"), said.get("num_attention_heads")
+    if channels is None and isinstance(heads, int) and heads > 0:
         channels = sizes.attention_size // heads
     if not isinstance(channels, int):
         return {}
@@ -733,6 +737,12 @@ def _or(a: Arguments, name: str, default: object) -> object:
     return default if value is None else value
 
 
+def _number(a: Arguments, name: str, default: float) -> float:
+    value = _or(a, name, default)
+    assert isinstance(value, (int, float))  # _check_types
+    return float(value)
+
+
 def _is_in(value: object, values: tuple[object, ...]) -> bool:
     """Whether a plain value is one of these; an object of an unknown class never is."""
     if isinstance(value, list):
@@ -741,8 +751,12 @@ def _is_in(value: object, values: tuple[object, ...]) -> bool:
     return plain and value in values
 
 
-def _neutral_text(values: tuple[object, ...]) -> str:
-    return "None" if values == _OFF else " or ".join(_show(v) for v in values if v not in _OFF[1:])
+def _neutral_text(value: object, values: tuple[object, ...]) -> str:
+    """The neutral value to name beside a value that is not."""
+    if isinstance(value, bool) and False in values:
+        return "False"
+    words = [word for word in values if isinstance(word, str) and word]
+    return words[0] if words else "None"
 
 
 def _show(value: object) -> str:

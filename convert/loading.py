@@ -100,6 +100,8 @@ def from_megatron(
     if unexpected or set(missing) - tied:
         raise MTTError(f"the model and the plan disagree: {sorted(missing)} {unexpected}")
     model.tie_weights()
+    if model.generation_config.pad_token_id is None:
+        model.generation_config.pad_token_id = config.eos_token_id
     model.eval()
     return model
 

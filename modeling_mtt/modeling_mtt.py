@@ -462,7 +462,11 @@ class MTTModel(MTTPreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
 
-        seen_tokens = past_key_values.get_seq_length() if past_key_values is not None else 0
+        # The cache of a layer that another pipeline stage holds stays empty here.
+        first_layer = self._first_layer()
+        seen_tokens = 0
+        if past_key_values is not None:
+            seen_tokens = past_key_values.get_seq_length(first_layer)
         sequence_length = inputs_embeds.shape[1]
         # Positions that come with no cache may belong to several packed sequences.
         counted = position_ids is None or past_key_values is not None
@@ -476,13 +480,12 @@ class MTTModel(MTTPreTrainedModel):
             attention_mask=attention_mask,
             past_key_values=past_key_values,
             position_ids=position_ids,
+            layer_idx=first_layer,
         )
 
         hidden_states = inputs_embeds
-        # A later pipeline stage gets the states of the stage before it as `inputs_embeds`. Layer 0
-        # tells: transformers, vLLM and SGLang put an identity where a layer is another stage's.
-        # `embed_tokens` does not tell, since a tied head keeps it on the last stage too.
-        if not isinstance(self.layers[0], nn.Identity):
+        # A later pipeline stage gets the states of the stage before it as `inputs_embeds`.
+        if first_layer == 0:
             length = seen_tokens + sequence_length if counted else None
             hidden_states = self._finish_embedding(hidden_states, position_ids, length)
 
@@ -506,6 +509,17 @@ class MTTModel(MTTPreTrainedModel):
             last_hidden_state=hidden_states,
             past_key_values=past_key_values,
         )
+
+    def _first_layer(self) -> int:
+        """Return the index of the first layer that this process holds.
+
+        transformers, vLLM and SGLang put an identity where a layer is another pipeline stage's.
+        `embed_tokens` would not tell the first stage: a tied head keeps it on the last one too.
+        """
+        for layer_idx, layer in enumerate(self.layers):
+            if not isinstance(layer, nn.Identity):
+                return layer_idx
+        return len(self.layers)
 
     def _finish_embedding(
         self,
@@ -618,6 +632,25 @@ class MTTForCausalLM(MTTPreTrainedModel, GenerationMixin):
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+        )
+
+    def create_masks_for_generate(
+        self,
+        config: MTTConfig,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        past_key_values: Cache | None,
+        position_ids: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor | None:
+        """Make the mask that `generate` passes with a static cache, as `MTTModel.forward` would."""
+        return create_causal_mask(
+            config=config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+            layer_idx=self.model._first_layer(),
         )
 
 

@@ -45,7 +45,9 @@ def _recognised(folder: str) -> UnsupportedError | None:
     """A clear refusal for formats that are known by name only."""
     names = set(listing(folder))
     found = None
-    if ".metadata" in names and "metadata.json" not in names:
+    if "latest" in names and any(n.startswith("global_step") for n in names):
+        found = "the root of a DeepSpeed checkpoint"
+    elif ".metadata" in names and "metadata.json" not in names:
         found = "a plain torch.distributed checkpoint (torch_dcp or fsdp_dtensor)"
     elif any(n.startswith("layer_") and n.endswith("-model_states.pt") for n in names):
         found = "a Megatron-DeepSpeed checkpoint of layer files"

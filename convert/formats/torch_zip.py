@@ -18,9 +18,10 @@ import zipfile
 from typing import Any, BinaryIO, cast
 
 from ..dtypes import DType
-from ..errors import CorruptError, SourceError
+from ..errors import CorruptError, SourceError, UnsupportedError
 from .pickles import StorageRef, load_pickle
 
+_OLD_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch/serialization.py MAGIC_NUMBER
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
 
 
@@ -57,6 +58,13 @@ class _Archive:
 
     def __init__(self, path: str, file: BinaryIO, start: int, end: int) -> None:
         self.path, self._file, self._start, self._end = path, file, start, end
+        if os.pread(file.fileno(), len(_OLD_MAGIC), start) == _OLD_MAGIC:
+            raise UnsupportedError(
+                f"{path} was written by torch before 1.6; mtt cannot read that yet",
+                found="a file of consecutive pickles",
+                expected="a zip file, as torch.save writes since torch 1.6",
+                fix="load and save it once with a newer torch, if you trust its author",
+            )
         window = cast(BinaryIO, _Window(file, start, end))
         try:
             self._zip = zipfile.ZipFile(window)

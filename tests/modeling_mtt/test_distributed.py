@@ -27,8 +27,11 @@ for saved in sys.argv[3:]:
         if sys.argv[2] == "pp_size":
             logits = model(inputs_embeds=expected["embeddings"], attention_mask=mask).logits
             torch.testing.assert_close(logits, expected["logits"], rtol=1e-4, atol=1e-4)
-    text = model.generate(input_ids, attention_mask=mask, max_new_tokens=6, do_sample=False)
-    assert text.tolist() == expected["text"].tolist(), saved
+    padded = expected["padded"]
+    options = {"attention_mask": (padded != 0).long(), "max_new_tokens": 6, "do_sample": False}
+    for cache in ["dynamic", "static"]:
+        text = model.generate(padded, cache_implementation=cache, **options)
+        assert text.tolist() == expected["text"].tolist(), (saved, cache)
 
 torch.distributed.destroy_process_group()
 """
@@ -52,14 +55,16 @@ def test_two_processes(tiny_model, run_python, tmp_path, pytestconfig, parallel)
     for name, options in SHAPES[parallel].items():
         model = tiny_model(name.split("-")[0], **options)
         input_ids = torch.randint(1, 96, (2, 7))
-        mask = torch.ones_like(input_ids)
         with torch.no_grad():
             embeddings = model.get_input_embeddings()(input_ids)
             logits = model(input_ids).logits
-        text = model.generate(input_ids, attention_mask=mask, max_new_tokens=6, do_sample=False)
+        padded = input_ids.clone()
+        padded[1, :3] = 0
+        mask = (padded != 0).long()
+        text = model.generate(padded, attention_mask=mask, max_new_tokens=6, do_sample=False)
         folder = tmp_path / name
         model.save_pretrained(folder)
-        expected = {"input_ids": input_ids, "embeddings": embeddings}
-        torch.save({**expected, "logits": logits, "text": text}, folder / "expected.pt")
+        expected = {"input_ids": input_ids, "embeddings": embeddings, "logits": logits}
+        torch.save({**expected, "padded": padded, "text": text}, folder / "expected.pt")
         folders.append(str(folder))
     run_python(SCRIPT, str(pytestconfig.rootpath), parallel, *folders, processes=2)
