@@ -32,8 +32,9 @@ if TYPE_CHECKING:
         UnsupportedError,
         UsageError,
     )
+    from .hf_folder import Conversion, plan_conversion
     from .loading import from_megatron
-    from .pipeline import Conversion, Result, convert, open_checkpoint, plan_conversion
+    from .pipeline import Result, convert, open_checkpoint
 
 _MODULES = {
     "checkpoint": ("Checkpoint",),
@@ -54,7 +55,8 @@ _MODULES = {
         "UsageError",
     ),
     "loading": ("from_megatron",),
-    "pipeline": ("Conversion", "Result", "convert", "open_checkpoint", "plan_conversion"),
+    "hf_folder": ("Conversion", "plan_conversion"),
+    "pipeline": ("Result", "convert", "open_checkpoint"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -102,7 +102,7 @@ NEUTRAL: Mapping[str, Neutral] = {
     # MLP
     "activation_func_clamp_value": Neutral("a clamped activation", (None,)),
     "dense_grouped_gemm": Neutral("gate and up interleaved in blocks of 32 rows"),
-    # It has no tests, and the query_key_value rows of such runs are in another order.
+    # Attention and MLP go through other code (FPDT_FFN), which nothing here was compared with.
     "ds_sequence_parallel_fpdt": Neutral("Megatron-DeepSpeed's fully pipelined transformer"),
     "glu_activation": Neutral("BigScience's gated MLP, whose second half is the gate"),
     "glu_linear_offset": Neutral("an offset in the gated MLP"),
@@ -135,7 +135,7 @@ NEUTRAL: Mapping[str, Neutral] = {
 # Matrix products in few bits while training. The stored weights are params_dtype, and computing
 # with them in params_dtype is what the rounding approximated.
 LOW_PRECISION: Mapping[str, str] = {
-    "export_kv_cache_quant": "the key/value cache",
+    "export_kv_cache_quant": "a quantised key/value cache",
     "fp4": "matrix products in FP4",
     "fp8": "matrix products in FP8",
     "fp8_e4m3": "matrix products in FP8",
@@ -381,6 +381,7 @@ def _missing(names: Iterable[str], message: str) -> UsageError:
         "rotary_base": "10000",
         "rotary_percent": "1.0",
         "use_rope_scaling": "False",
+        "group_query_attention": "True",
         "swiglu": "True",
         "bias_gelu_fusion": "True",
     }
@@ -446,7 +447,7 @@ def _position_embedding_type(a: Arguments) -> str:
             "them)",
             found=f"position_embedding_type = {_show(kind)}",
             expected="learned_absolute, rope or none",
-            fix="if it is one of these, --set position_embedding_type=learned_absolute",
+            fix="if it is one of these under another name, --set position_embedding_type=rope",
         )
     return _POSITIONS[str(kind)]
 
@@ -532,6 +533,8 @@ def _bias_gelu_fusion(a: Arguments) -> bool:
 def _query_groups(a: Arguments, heads: int) -> object:
     if "group_query_attention" in a:
         return _or(a, "num_query_groups", heads) if a["group_query_attention"] is True else heads
+    if _or(a, "num_query_groups", heads) != heads:  # Megatron stores both or neither
+        raise _missing(["group_query_attention"], "num_query_groups alone may mean nothing")
     return _or(a, "num_key_value_heads", heads)  # Megatron-DeepSpeed; before 2023-06 none
 
 

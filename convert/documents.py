@@ -29,24 +29,31 @@ def config_json(fields: Mapping[str, object], dtype: str, tokenizer: Tokenizer) 
         "auto_map": AUTO_MAP,
         "model_type": "mtt",
         **fields,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
+        **special_tokens(tokenizer),
         "dtype": dtype,
         "use_cache": True,
     }
     return document(config)
 
 
-def generation_config_json(tokenizer: Tokenizer) -> bytes:
-    """`generation_config.json`: the special tokens generation needs."""
-    pad = tokenizer.pad_token_id
-    ids = {
+def special_tokens(tokenizer: Tokenizer) -> dict[str, int | None]:
+    """The special tokens as configurations spell them."""
+    return {
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.eos_token_id if pad is None else pad,
+        "pad_token_id": tokenizer.pad_token_id,
     }
-    return document({name: value for name, value in ids.items() if value is not None})
+
+
+def generation_config(tokenizer: Tokenizer) -> dict[str, int]:
+    """`generation_config.json`: the special tokens generation needs.
+
+    Texts are padded with their end where there is no token for it.
+    """
+    ids = special_tokens(tokenizer)
+    if ids["pad_token_id"] is None:
+        ids["pad_token_id"] = tokenizer.eos_token_id
+    return {name: value for name, value in ids.items() if value is not None}
 
 
 def modeling_files() -> dict[str, bytes]:

@@ -6,12 +6,13 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from .documents import generation_config, special_tokens
 from .errors import MTTError
 from .execute import Progress, check_replicas, run
-from .pipeline import open_checkpoint, plan_conversion
+from .hf_folder import plan_conversion
+from .pipeline import open_checkpoint
 from .plan import PlannedFile, PlannedTensor
 from .reading import FileReader
-from .tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -78,6 +79,7 @@ def from_megatron(
         SourceError, UsageError: see `open_checkpoint` and `plan_conversion`.
     """
     from accelerate import init_empty_weights
+    from transformers import GenerationConfig
 
     from modeling_mtt import MTTConfig, MTTForCausalLM
 
@@ -91,7 +93,7 @@ def from_megatron(
         check_replicas(conversion.plan.replicas, reader)
     sink = TensorSink()
     run(conversion.plan, sink, num_workers=num_workers, algorithm="none", progress=progress)
-    ids = _special_tokens(conversion.tokenizer)
+    ids = special_tokens(conversion.tokenizer)
     config = MTTConfig(**{**conversion.config, **ids, "dtype": conversion.dtype, **kwargs})
     with init_empty_weights(include_buffers=False):
         model = MTTForCausalLM(config)
@@ -100,15 +102,6 @@ def from_megatron(
     if unexpected or set(missing) - tied:
         raise MTTError(f"the model and the plan disagree: {sorted(missing)} {unexpected}")
     model.tie_weights()
-    if model.generation_config.pad_token_id is None:
-        model.generation_config.pad_token_id = config.eos_token_id
+    model.generation_config = GenerationConfig(**generation_config(conversion.tokenizer))
     model.eval()
     return model
-
-
-def _special_tokens(tokenizer: Tokenizer) -> dict[str, int | None]:
-    return {
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }

@@ -1,27 +1,21 @@
 """What will be written, decided before a byte moves: files, offsets, sources, documents.
 
-A plan is a frozen value made from metadata alone; `render` prints it for `--dry-run`.
-
-    safetensors file
-    +--------+------------------------------------+-----------------------------+
-    | u64 N  | N bytes of JSON: name -> dtype,    | tensors, one after another, |
-    | little | shape, data_offsets; space padded  | without gaps                |
-    +--------+------------------------------------+-----------------------------+
+A plan is a frozen value made from metadata alone. The modules of `formats/` that write say how
+tensors are laid out in files; `render` prints a plan for `--dry-run`.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from .checkpoint import Replicas
-from .dtypes import DTYPES, DType
+from .dtypes import DType
 from .errors import UsageError
 from .tensors import LazyTensor
 
-INDEX = "model.safetensors.index.json"
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _BINARY_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -50,7 +44,7 @@ class PlannedTensor:
 
 @dataclass(frozen=True, slots=True)
 class PlannedFile:
-    """A safetensors file: its header as bytes, and the tensors behind it."""
+    """A file: the bytes it begins with, and the tensors behind them."""
 
     name: str
     header: bytes
@@ -101,69 +95,9 @@ def parse_size(text: str) -> int:
     return int(float(hit[1]) * factor)
 
 
-def plan_files(
-    tensors: Mapping[str, LazyTensor], dtype: str, max_shard_bytes: int
-) -> tuple[tuple[PlannedFile, ...], bytes | None]:
-    """Distribute tensors over safetensors files, in the order given.
-
-    Args:
-        tensors: output name -> tensor.
-        dtype: `auto` keeps each as it is stored; else a floating dtype's name.
-        max_shard_bytes: a file grows beyond this only for a single larger tensor.
-
-    Returns:
-        The files, and the index document if there is more than one.
-    """
-    groups: list[list[tuple[str, LazyTensor, DType]]] = [[]]
-    size = 0
-    for name, tensor in tensors.items():
-        target = tensor.dtype if dtype == "auto" else DTYPES[dtype]
-        num_bytes = tensor.num_elements * target.itemsize
-        if groups[-1] and size + num_bytes > max_shard_bytes:
-            groups.append([])
-            size = 0
-        groups[-1].append((name, tensor, target))
-        size += num_bytes
-    files = tuple(
-        _planned_file(_file_name(number, len(groups)), group)
-        for number, group in enumerate(groups, start=1)
-    )
-    if len(files) == 1:
-        return files, None
-    total = sum(tensor.num_bytes for file in files for tensor in file.tensors)
-    weight_map = {tensor.name: file.name for file in files for tensor in file.tensors}
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    return files, document(index)
-
-
 def document(value: object) -> bytes:
     """A JSON document as it is written: two spaces, keys in order, a newline at the end."""
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-def _file_name(number: int, count: int) -> str:
-    return "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
-
-
-def _planned_file(name: str, group: Sequence[tuple[str, LazyTensor, DType]]) -> PlannedFile:
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    position = 0
-    for tensor_name, tensor, dtype in group:
-        end = position + tensor.num_elements * dtype.itemsize
-        header[tensor_name] = {
-            "dtype": dtype.safetensors,
-            "shape": list(tensor.shape),
-            "data_offsets": [position, end],
-        }
-        position = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    data = len(text).to_bytes(8, "little") + text
-    planned, position = [], len(data)
-    for tensor_name, tensor, dtype in group:
-        planned.append(PlannedTensor(tensor_name, tensor, dtype, position))
-        position += planned[-1].num_bytes
-    return PlannedFile(name, data, tuple(planned))
 
 
 def render(plan: ConversionPlan) -> str:

@@ -485,7 +485,7 @@ class MTTModel(MTTPreTrainedModel):
 
         hidden_states = inputs_embeds
         # A later pipeline stage gets the states of the stage before it as `inputs_embeds`.
-        if first_layer == 0:
+        if type(self.embed_tokens) is nn.Embedding:
             length = seen_tokens + sequence_length if counted else None
             hidden_states = self._finish_embedding(hidden_states, position_ids, length)
 

@@ -7,7 +7,8 @@ import os
 import time
 
 from ..cli import overrides
-from ..pipeline import Conversion, convert, open_checkpoint, plan_conversion
+from ..hf_folder import Conversion, plan_conversion
+from ..pipeline import convert, open_checkpoint
 from ..plan import render
 from .console import (
     dropped_text,

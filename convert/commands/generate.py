@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 from ..cli import overrides
 from ..errors import UsageError
 from ..formats import hf_safetensors
+from ..hf_folder import plan_conversion
 from ..loading import from_megatron
 from ..logits import load_model
-from ..pipeline import open_checkpoint, plan_conversion
+from ..pipeline import open_checkpoint
 from ..tokenizer import Tokenizer, read_tokenizer
 from .console import print_json, progress_bar
 

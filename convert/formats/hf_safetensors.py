@@ -1,23 +1,29 @@
 """Hugging Face folders: safetensors files, alone or with an index.
 
-    config.json, model.safetensors
-    config.json, model-0000K-of-0000N.safetensors, model.safetensors.index.json
+config.json, model.safetensors
+config.json, model-0000K-of-0000N.safetensors, model.safetensors.index.json
 
-The layout of one file is drawn in `plan.py`, where it is written.
+safetensors file
++--------+------------------------------------+-----------------------------+
+| u64 N  | N bytes of JSON: name -> dtype,    | tensors, one after another, |
+| little | shape, data_offsets; space padded  | without gaps                |
++--------+------------------------------------+-----------------------------+
 """
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..boxes import row_major
-from ..dtypes import FROM_SAFETENSORS
+from ..dtypes import DTYPES, FROM_SAFETENSORS, DType
 from ..errors import CorruptError, IncompleteError, SourceError
-from ..plan import INDEX
+from ..plan import PlannedFile, PlannedTensor, document
 from ..tensors import LazyTensor
 
+INDEX = "model.safetensors.index.json"
 _MAX_HEADER_BYTES = 100_000_000
 
 
@@ -97,3 +103,63 @@ def _damaged(path: str, found: str, expected: str = "a safetensors file") -> Cor
         expected=expected,
         fix="copy or convert it again",
     )
+
+
+def plan_files(
+    tensors: Mapping[str, LazyTensor], dtype: str, max_shard_bytes: int
+) -> tuple[tuple[PlannedFile, ...], bytes | None]:
+    """Distribute tensors over safetensors files, in the order given.
+
+    Args:
+        tensors: output name -> tensor.
+        dtype: `auto` keeps each as it is stored; else a floating dtype's name.
+        max_shard_bytes: a file grows beyond this only for a single larger tensor.
+
+    Returns:
+        The files, and the index document if there is more than one.
+    """
+    groups: list[list[tuple[str, LazyTensor, DType]]] = [[]]
+    size = 0
+    for name, tensor in tensors.items():
+        target = tensor.dtype if dtype == "auto" else DTYPES[dtype]
+        num_bytes = tensor.num_elements * target.itemsize
+        if groups[-1] and size + num_bytes > max_shard_bytes:
+            groups.append([])
+            size = 0
+        groups[-1].append((name, tensor, target))
+        size += num_bytes
+    files = tuple(
+        _planned_file(_file_name(number, len(groups)), group)
+        for number, group in enumerate(groups, start=1)
+    )
+    if len(files) == 1:
+        return files, None
+    total = sum(tensor.num_bytes for file in files for tensor in file.tensors)
+    weight_map = {tensor.name: file.name for file in files for tensor in file.tensors}
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    return files, document(index)
+
+
+def _file_name(number: int, count: int) -> str:
+    return "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+
+
+def _planned_file(name: str, group: Sequence[tuple[str, LazyTensor, DType]]) -> PlannedFile:
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for tensor_name, tensor, dtype in group:
+        end = position + tensor.num_elements * dtype.itemsize
+        header[tensor_name] = {
+            "dtype": dtype.safetensors,
+            "shape": list(tensor.shape),
+            "data_offsets": [position, end],
+        }
+        position = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    data = len(text).to_bytes(8, "little") + text
+    planned, position = [], len(data)
+    for tensor_name, tensor, dtype in group:
+        planned.append(PlannedTensor(tensor_name, tensor, dtype, position))
+        position += planned[-1].num_bytes
+    return PlannedFile(name, data, tuple(planned))

@@ -460,6 +460,9 @@ def test_query_groups() -> None:
     grouped = {**CORE, "num_query_groups": 2, "group_query_attention": True}
     assert architecture_from_args(grouped).num_query_groups == 2
     assert architecture_from_args(CORE, overrides={"num_query_groups": 1}).num_query_groups == 1
+    alone = {name: value for name, value in grouped.items() if name != "group_query_attention"}
+    with pytest.raises(UsageError, match="--set group_query_attention=True"):
+        architecture_from_args(alone)
 
 
 @pytest.mark.parametrize(
