@@ -22,203 +22,29 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
-from types import MappingProxyType
 
 from .architecture import PARAMS_DTYPES, Architecture, Sizes, read_shapes
+from .argument_tables import (
+    FOREIGN,
+    LOW_PRECISION,
+    NEEDED,
+    NEUTRAL,
+    NOTHING,
+    OFF,
+    POSITIONS,
+    RENAMED,
+    SETTINGS,
+    SUGGESTIONS,
+    Arguments,
+)
 from .dtypes import DType
 from .errors import UnsupportedError, UsageError
 
-Arguments = Mapping[str, object]
-_NONE: Arguments = MappingProxyType({})
-_OFF = (None, False, "", ())  # 0 equals False
-
-
-@dataclass(frozen=True, slots=True)
-class Neutral:
-    """What an argument would do to the forward pass, and the values with which it does not."""
-
-    meaning: str
-    values: tuple[object, ...] = _OFF
-
-
-_MLA, _HYBRID = "multi-latent attention", "a hybrid of attention, Mamba and MLP layers"
-_MOE, _QUANTISED = "mixture of experts", "weights kept in a quantised form"
-_HETEROGENEOUS = "layers that differ from each other"
-_LINEAR_ATTENTION = "layers of linear or sparse attention"
-_MODELOPT = "a model changed by NVIDIA ModelOpt; modelopt_state, not the arguments, says how"
-_HYPER, _EXTRA_HEADS = "several residual streams", "extra heads for speculative decoding"
-
-NEUTRAL: Mapping[str, Neutral] = {
-    # model kinds
-    "decoder_num_layers": Neutral("an encoder beside the decoder: T5"),
-    "export_num_eagle_layers": Neutral(_EXTRA_HEADS),
-    "export_num_medusa_heads": Neutral(_EXTRA_HEADS),
-    "export_num_mtp": Neutral(_EXTRA_HEADS),
-    "export_offline_model": Neutral("a model without its decoder layers"),
-    "heterogeneous_block_specs": Neutral(_HETEROGENEOUS),
-    "heterogeneous_layers_config_encoded_json": Neutral(_HETEROGENEOUS),
-    "heterogeneous_layers_config_path": Neutral(_HETEROGENEOUS),
-    "hybrid_attention_ratio": Neutral(_HYBRID),
-    "hybrid_layer_pattern": Neutral(_HYBRID),
-    "hybrid_mlp_ratio": Neutral(_HYBRID),
-    "hybrid_override_pattern": Neutral(_HYBRID),
-    "is_hybrid_model": Neutral(_HYBRID),
-    "modelopt_enabled": Neutral(_MODELOPT),
-    "mtp_num_layers": Neutral("layers that predict further tokens; mtt would drop them"),
-    "num_attention_heads_kv": Neutral("EPFL's Megatron-LLM, with other rows and names", (None,)),
-    # Layers shared by layer numbers; all are distinct when it equals num_layers.
-    # (Source: ParallelTransformer, megatron/model/transformer.py of September 2020.)
-    "num_unique_layers": Neutral("layers used more than once"),
-    "pos_emb": Neutral("GPT-NeoX, whose arguments have other names", (None,)),
-    "retro_add_retriever": Neutral("RETRO's retrieval encoder"),
-    "spec": Neutral("layers built by the user's own code"),
-    "vision_pretraining": Neutral("a vision model"),
-    # With a YAML file the model's arguments stand in a nested namespace (yaml_arguments.py).
-    "yaml_cfg": Neutral("a model described by a YAML file that is not in the checkpoint"),
-    # attention
-    "attention_output_gate": Neutral("a gate on the attention output"),
-    "experimental_attention_variant": Neutral(_LINEAR_ATTENTION),
-    "export_qk_l2_norm": Neutral("Llama 4's norm without weights on queries and keys"),
-    "head_wise_attn_gate": Neutral("a gate on each head's output"),
-    "linear_attention_freq": Neutral(_LINEAR_ATTENTION),
-    "linear_attention_type": Neutral(_LINEAR_ATTENTION),
-    "multi_latent_attention": Neutral(_MLA),
-    "qk_l2_norm": Neutral("Llama 4's norm without weights on queries and keys"),
-    "softmax_scale": Neutral("attention scores scaled by another number", (None,)),
-    "softmax_type": Neutral("a softmax with an offset or a learned sink", (None, "vanilla")),
-    "window_size": Neutral("sliding-window attention"),
-    "window_attn_skip_freq": Neutral("sliding-window attention on some layers"),
-    # positions
-    "enable_gpt_oss": Neutral("GPT-OSS's attention sinks, windows and YaRN positions"),
-    "mrope_interleaved": Neutral("multimodal rotary positions"),
-    "mrope_section": Neutral("multimodal rotary positions"),
-    "no_rope_freq": Neutral("layers without rotary positions among layers with them"),
-    "rope_type": Neutral("YaRN rotary positions", (None, "rope")),
-    "rotary_base_per_layer": Neutral("a rotary base for each layer"),
-    "rotary_interleaved": Neutral("rotary pairs of neighbouring channels"),
-    # MLP
-    "activation_func_clamp_value": Neutral("a clamped activation", (None,)),
-    "dense_grouped_gemm": Neutral("gate and up interleaved in blocks of 32 rows"),
-    # Attention and MLP go through other code (FPDT_FFN), which nothing here was compared with.
-    "ds_sequence_parallel_fpdt": Neutral("Megatron-DeepSpeed's fully pipelined transformer"),
-    "glu_activation": Neutral("BigScience's gated MLP, whose second half is the gate"),
-    "glu_linear_offset": Neutral("an offset in the gated MLP"),
-    "mlp_type": Neutral("Megatron-DeepSpeed's residual experts", (None, "standard")),
-    "num_experts": Neutral(_MOE, (*_OFF, (1,))),  # [1]: Megatron-DeepSpeed's way to say none
-    "num_experts_switch": Neutral(_MOE),
-    "num_moe_experts": Neutral(_MOE),
-    "quick_geglu": Neutral("an MLP gated by x * sigmoid(1.702 x)"),
-    "use_grouped_gemm_for_dense_mlp": Neutral("gate and up interleaved in blocks of 32 rows"),
-    # norms and residuals
-    "apply_residual_connection_post_layernorm": Neutral("residuals taken after the norm"),
-    "embed_layernorm": Neutral("a norm after the embedding, as in BLOOM"),
-    "enable_hyper_connections": Neutral(_HYPER),
-    "enable_mhc_connections": Neutral(_HYPER),
-    # BigScience adds the embedding norm for its 8-bit optimizer too (megatron/mpu/layers.py).
-    "use_bnb_optimizer": Neutral("a norm after the embedding, as in BLOOM"),
-    # Multiplies embeddings, attention scores and logits (language_model_embedding.py,
-    # language_module.py, transformer_config.py at core_v0.17); all mup_* do nothing without it.
-    "use_mup": Neutral("muP's factors on embeddings, scores and logits"),
-    # weights that are not plain numbers
-    "compression_training": Neutral("DeepSpeed's pruning and quantisation"),
-    "export_quant_cfg": Neutral(_QUANTISED, (*_OFF, "None")),
-    "export_real_quant_cfg": Neutral(_QUANTISED, (*_OFF, "None")),
-    "fp4_param": Neutral(_QUANTISED),
-    "fp4_param_gather": Neutral(_QUANTISED),
-    "fp8_param": Neutral(_QUANTISED),
-    "fp8_param_gather": Neutral(_QUANTISED),
-}
-
-# Matrix products in few bits while training. The stored weights are params_dtype, and computing
-# with them in params_dtype is what the rounding approximated.
-LOW_PRECISION: Mapping[str, str] = {
-    "export_kv_cache_quant": "a quantised key/value cache",
-    "fp4": "matrix products in FP4",
-    "fp8": "matrix products in FP8",
-    "fp8_e4m3": "matrix products in FP8",
-    "fp8_hybrid": "matrix products in FP8",
-    "kitchen_config_file": "matrix products quantised by Kitchen",
-    "kitchen_recipe_number": "matrix products quantised by Kitchen",
-    "quant_recipe": "matrix products quantised by a recipe",
-    "te_precision_config_file": "matrix products in a precision of their own",
-    "use_kitchen": "matrix products quantised by Kitchen",
-    "use_kitchen_attention": "attention computed by Kitchen",
-}
-
-SETTINGS: Mapping[str, type] = {
-    **dict.fromkeys(
-        "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels "
-        "num_key_value_heads padded_vocab_size vocab_size max_position_embeddings".split(),
-        int,
-    ),
-    **dict.fromkeys(
-        "layernorm_epsilon rotary_base rotary_percent rope_theta rope_scaling_factor "
-        "rotary_seq_len_interpolation_factor attention_dropout hidden_dropout "
-        "init_method_std".split(),
-        float,
-    ),
-    **dict.fromkeys(
-        "group_query_attention add_position_embedding use_rotary_position_embeddings "
-        "use_rope_scaling layernorm_zero_centered_gamma swiglu squared_relu openai_gelu onnx_safe "
-        "bias_gelu_fusion use_te_activation_func use_transformer_engine_op_fuser add_bias_linear "
-        "add_qkv_bias qk_layernorm untie_embeddings_and_output_weights fp16 bf16 "
-        "use_legacy_models use_mcore_models".split(),
-        bool,
-    ),
-    **dict.fromkeys("normalization transformer_impl tokenizer_type".split(), str),
-    "position_embedding_type": object,
-    "params_dtype": object,
-}
-_NEEDED = (
-    "num_layers hidden_size num_attention_heads max_position_embeddings padded_vocab_size "
-    "layernorm_epsilon".split()
-)
-# Names of core_v0.4 to v0.15, the second one also before; on the right those of the other releases.
-RENAMED: Mapping[str, str] = {
-    "norm_epsilon": "layernorm_epsilon",
-    "apply_layernorm_1p": "layernorm_zero_centered_gamma",
-}
-# Megatron-DeepSpeed's names: read from checkpoints, but users say Megatron-LM's.
-_FOREIGN = ("num_key_value_heads", "rope_theta")
-# Hugging Face's names, for a suggestion.
-_TRANSFORMERS = {
-    "num_query_groups": "num_key_value_heads",
-    "num_attention_heads": "n_head",
-    "num_layers": "num_hidden_layers n_layer",
-    "hidden_size": "n_embd d_model",
-    "ffn_hidden_size": "intermediate_size n_inner",
-    "kv_channels": "head_dim",
-    "max_position_embeddings": "n_positions",
-    "rotary_base": "rope_theta",
-    "rotary_percent": "partial_rotary_factor",
-    "use_rope_scaling": "rope_scaling rope_parameters",
-    "layernorm_epsilon": "rms_norm_eps layer_norm_eps layer_norm_epsilon norm_eps",
-    "normalization": "norm_type",
-    "swiglu, squared_relu or bias_gelu_fusion": "hidden_act activation_function gated_mlp",
-    "add_bias_linear": "mlp_bias",
-    "add_qkv_bias": "attention_bias",
-    "qk_layernorm": "use_qk_norm",
-    "untie_embeddings_and_output_weights": "tie_word_embeddings",
-    "layernorm_zero_centered_gamma": "zero_centered_norm",
-    "init_method_std": "initializer_range",
-    "params_dtype": "dtype torch_dtype",
-}
-SUGGESTIONS = {theirs: ours for ours, names in _TRANSFORMERS.items() for theirs in names.split()}
-# How position_embedding_type is written: by Megatron-LM, and by BigScience's enum.
-_POSITIONS = {
-    **{name: name for name in ("learned_absolute", "rope", "none")},
-    "PositionEmbeddingType.rotary": "rope",
-    "PositionEmbeddingType.absolute": "learned_absolute",
-    "<megatron.enums.PositionEmbeddingType(1)>": "rope",
-    "<megatron.enums.PositionEmbeddingType(2)>": "learned_absolute",
-}
-
 
 def architecture_from_args(
-    args: Arguments, *, overrides: Arguments = _NONE, legacy: bool | None = None
+    args: Arguments, *, overrides: Arguments = NOTHING, legacy: bool | None = None
 ) -> Architecture:
     """The architecture a checkpoint's arguments describe.
 
@@ -282,7 +108,7 @@ def _build(**fields: object) -> Architecture:
 def _check_overrides(overrides: Arguments) -> None:
     """Raise UsageError for a name that says nothing about the model."""
     for name in overrides:
-        if (name in SETTINGS and name not in _FOREIGN) or name in NEUTRAL or name in RENAMED:
+        if (name in SETTINGS and name not in FOREIGN) or name in NEUTRAL or name in RENAMED:
             continue
         if name in SUGGESTIONS:
             message, fix = "is Hugging Face's name", f"use Megatron's: {SUGGESTIONS[name]}"
@@ -362,7 +188,7 @@ def _check_types(a: Arguments, said: Arguments) -> None:
 
 
 def _require(a: Arguments) -> None:
-    missing = [name for name in _NEEDED if a.get(name) is None]
+    missing = [name for name in NEEDED if a.get(name) is None]
     if missing:
         raise _missing(missing, "the checkpoint's arguments do not say everything about the model")
 
@@ -441,7 +267,7 @@ def _position_embedding_type(a: Arguments) -> str:
         return "rope" if rotary else "learned_absolute" if learned else "none"
     if rotary:  # validate_args, training/arguments.py
         return "rope"
-    if str(kind) not in _POSITIONS:
+    if str(kind) not in POSITIONS:
         raise UnsupportedError(
             "mtt does not know these positions (ALiBi, relative, YaRN and multimodal ones among "
             "them)",
@@ -449,7 +275,7 @@ def _position_embedding_type(a: Arguments) -> str:
             expected="learned_absolute, rope or none",
             fix="if it is one of these under another name, --set position_embedding_type=rope",
         )
-    return _POSITIONS[str(kind)]
+    return POSITIONS[str(kind)]
 
 
 def _rotary(a: Arguments, said: Arguments, legacy: bool) -> dict[str, object]:
@@ -608,7 +434,7 @@ def true_vocab_size(args: Arguments) -> int | None:
 
 
 def architecture_from_shapes(
-    shapes: Mapping[str, tuple[int, ...]], overrides: Arguments = _NONE
+    shapes: Mapping[str, tuple[int, ...]], overrides: Arguments = NOTHING
 ) -> Architecture:
     """The architecture of a checkpoint without arguments, from shapes and what the user says.
 
@@ -705,7 +531,7 @@ def unknown_arguments(args: Arguments) -> list[str]:
     return sorted(
         name
         for name, value in args.items()
-        if name not in known and not is_known(name) and not _is_in(value, (*_OFF, {}))
+        if name not in known and not is_known(name) and not _is_in(value, (*OFF, {}))
     )
 
 
@@ -715,7 +541,7 @@ def low_precision(args: Arguments) -> list[str]:
         f"trained with {meaning} ({name} = {_show(args[name])}); the weights stand as they are, "
         "and what is computed with them in their own type differs by that rounding"
         for name, meaning in LOW_PRECISION.items()
-        if not _is_in(args.get(name), (*_OFF, "none", "None"))
+        if not _is_in(args.get(name), (*OFF, "none", "None"))
     ]
 
 

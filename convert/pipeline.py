@@ -18,7 +18,12 @@ from dataclasses import dataclass, replace
 
 from . import dialects, formats, parameters, topology
 from .architecture import Architecture
-from .arguments import architecture_from_args, architecture_from_shapes, unknown_arguments
+from .arguments import (
+    architecture_from_args,
+    architecture_from_shapes,
+    low_precision,
+    unknown_arguments,
+)
 from .checkpoint import Checkpoint, RawCheckpoint, Shard
 from .documents import (
     source_facts,
@@ -73,7 +78,7 @@ def open_checkpoint(
         args=raw.args or {},
         replicas=replicas,
         dropped=dropped,
-        warnings=tuple(_unknown_arguments(raw)),
+        warnings=(*_unknown_arguments(raw), *low_precision(raw.args or {})),
         evidence=(*raw.evidence, f"parameter names are those of {dialect}"),
         num_files=raw.num_files,
         iterations=raw.iterations,

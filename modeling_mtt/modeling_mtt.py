@@ -485,7 +485,7 @@ class MTTModel(MTTPreTrainedModel):
 
         hidden_states = inputs_embeds
         # A later pipeline stage gets the states of the stage before it as `inputs_embeds`.
-        if type(self.embed_tokens) is nn.Embedding:
+        if first_layer == 0:
             length = seen_tokens + sequence_length if counted else None
             hidden_states = self._finish_embedding(hidden_states, position_ids, length)
 
@@ -650,7 +650,7 @@ class MTTForCausalLM(MTTPreTrainedModel, GenerationMixin):
             attention_mask=attention_mask,
             past_key_values=past_key_values,
             position_ids=position_ids,
-            layer_idx=self.model._first_layer(),
+            
         )
 
 
