@@ -650,7 +650,7 @@ class MTTForCausalLM(MTTPreTrainedModel, GenerationMixin):
             attention_mask=attention_mask,
             past_key_values=past_key_values,
             position_ids=position_ids,
-            
+            layer_idx=self.model._first_layer(),
         )
 
 

@@ -1,0 +1,42 @@
+"""What the package offers, and what using it costs."""
+
+import subprocess
+import sys
+
+import mtt_convert
+
+HEAVY = ("torch", "transformers", "safetensors", "huggingface_hub", "accelerate", "tqdm")
+
+
+def test_all_is_sorted_and_complete() -> None:
+    assert sorted(mtt_convert.__all__) == mtt_convert.__all__
+    assert all(getattr(mtt_convert, name) is not None for name in mtt_convert.__all__)
+
+
+def modules_after(code: str, *arguments: str) -> set[str]:
+    """Top-level modules a fresh interpreter has imported once it ran the code."""
+    code += "\nimport sys; print('MODULES', *{name.partition('.')[0] for name in sys.modules})"
+    output = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True
+    ).stdout
+    return set(output.rpartition("MODULES")[2].split())
+
+
+def test_importing_the_package_costs_nothing() -> None:
+    assert not modules_after("import mtt_convert") & {*HEAVY, "numpy", "xxhash"}
+
+
+def test_help_imports_only_the_standard_library() -> None:
+    code = "from mtt_convert.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass"
+    assert not modules_after(code) & {*HEAVY, "numpy", "xxhash"}
+
+
+def test_converting_needs_neither_torch_nor_transformers(golden, tmp_path) -> None:
+    code = (
+        "import sys; from mtt_convert import convert, diff, verify\n"
+        "convert(sys.argv[1], sys.argv[2], num_workers=2)\n"
+        "assert not diff(sys.argv[1], sys.argv[2]).differences\n"
+        "assert not verify(sys.argv[2]).problems"
+    )
+    source = golden("mcore/llama/tp2pp2vpp2/torch")
+    assert not modules_after(code, str(source), str(tmp_path / "out")) & set(HEAVY)
