@@ -173,7 +173,7 @@ class MTTConfig(PreTrainedConfig):
             absent |= {"layers.*.self_attn.q_norm", "layers.*.self_attn.k_norm"}
         if self.position_embedding_type != "learned":
             absent |= {"embed_positions"}
-        # transformers warns about rules that match nothing, and vLLM fails on them.
+        # transformers warns about rules that match nothing.
         self.base_model_tp_plan = _without(absent, self.base_model_tp_plan)
         self.base_model_pp_plan = _without(absent, self.base_model_pp_plan)
 

@@ -145,12 +145,12 @@ def binary(value: bytes) -> bytes:
     return b"B" + struct.pack("<I", len(value)) + value
 
 
-def name(module: str, attribute: str) -> bytes:
+def named(module: str, attribute: str) -> bytes:
     """GLOBAL."""
     return b"c" + f"{module}\n{attribute}\n".encode()
 
 
-def stack_name(module: str, attribute: str) -> bytes:
+def stack_named(module: str, attribute: str) -> bytes:
     """STACK_GLOBAL."""
     return text(module) + text(attribute) + b"\x93"
 
@@ -192,7 +192,7 @@ def slots(entries: Mapping[str, bytes]) -> bytes:
 def storage(
     key: str = "0",
     count: int = 4,
-    kind: bytes = name("torch", "FloatStorage"),
+    kind: bytes = named("torch", "FloatStorage"),
     location: bytes = text("cpu"),
 ) -> bytes:
     """A storage reference: BINPERSID of the tuple torch writes."""
@@ -212,9 +212,9 @@ def tensor(
         items(*map(number, shape)),
         items(*map(number, strides)),
         FALSE,
-        reduce(name("collections", "OrderedDict")),
+        reduce(named("collections", "OrderedDict")),
     )
-    return reduce(name("torch._utils", "_rebuild_tensor_v2"), *arguments)
+    return reduce(named("torch._utils", "_rebuild_tensor_v2"), *arguments)
 
 
 def program(body: bytes, protocol: int = 4) -> bytes:
