@@ -30,7 +30,7 @@ from ..errors import (
     UnsupportedError,
 )
 from ..tensors import LazyTensor
-from .folders import Place, listing
+from .folders import Place, iteration_folder, listing
 from .pickles import Record, is_opaque
 from .torch_zip import load
 
@@ -177,6 +177,13 @@ def _check_grid(place: Place, ranks: Mapping[str, tuple[int, int, int]], sizes: 
                 expected=f"the ranks of {sizes}, as the arguments in the files say",
                 fix="separate the files of the two runs",
             )
+    if len(set(ranks.values())) < len(ranks):
+        raise InconsistentError(
+            f"{place.folder} has two folders for one rank",
+            found=", ".join(ranks),
+            expected=f"one folder per rank of {sizes}",
+            fix="separate the files of the two runs",
+        )
     present = {(tp, pp) for tp, pp, _ in ranks.values()}
     wanted = [(tp, pp) for tp in range(sizes.tp) for pp in range(sizes.pp)]
     missing = [
@@ -187,14 +194,21 @@ def _check_grid(place: Place, ranks: Mapping[str, tuple[int, int, int]], sizes: 
     missing += [f"a file of expert rank {ep} at pipeline rank {pp}" for ep, pp in absent]
     if missing:
         name = os.path.basename(place.folder)
-        others = [n for n in place.iterations if n != place.iteration]
+        folders = [_rank_folder(tp, pp, sizes) for tp, pp in wanted]
+        others = [n for n in place.iterations if _has_all(place, n, folders)]
         fix = "copy that file again" if len(missing) == 1 else "copy those files again"
         raise IncompleteError(
             f"{name} is incomplete; nothing was written",
             found=f"{len(ranks)} of {len(wanted)} ranks ({sizes})",
             expected=", ".join(missing[:4]) + (f", ... ({len(missing)})" if missing[4:] else ""),
-            fix=fix + (f", or use --iteration {others[-1]}" if others else ""),
+            fix=fix + (f", or use --iteration {others[-1]}, which is complete" if others else ""),
         )
+
+
+def _has_all(place: Place, iteration: int, folders: list[str]) -> bool:
+    """Whether another iteration of the same root has a file for each of these ranks."""
+    root = iteration_folder(os.path.dirname(place.folder), iteration)
+    return all(os.path.isfile(os.path.join(root, folder, _FILE)) for folder in folders)
 
 
 def _rank_folder(tp: int, pp: int, sizes: Layout) -> str:

@@ -368,3 +368,55 @@ def run_apart(script: str, *arguments: object, timeout: float = 60) -> subproces
         timeout=timeout,
         cwd=Path(__file__).resolve().parents[2],
     )
+
+
+_COMMANDS_APART = """
+    import contextlib, io, json, os, resource, signal, sys
+    import mtt_convert.commands.convert
+    from mtt_convert.cli import main
+    resource.setrlimit(resource.RLIMIT_AS, (3 << 30, 3 << 30))
+    for line in sys.stdin:
+        read, write = os.pipe()
+        if os.fork() == 0:
+            signal.alarm(5)
+            out, err = io.StringIO(), io.StringIO()
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+                code = main(json.loads(line))
+            with open("/proc/self/status") as file:
+                peak = next(int(row.split()[1]) for row in file if row.startswith("VmHWM"))
+            answer = {"code": code, "err": err.getvalue(), "megabytes": peak // 1024}
+            os.write(write, json.dumps(answer).encode()[:60_000])
+            os._exit(0)
+        os.close(write)
+        status = os.wait()[1]
+        answer = os.read(read, 65_536).decode() if status == 0 else json.dumps({"status": status})
+        os.close(read)
+        print(answer, flush=True)
+"""
+
+
+class CommandsApart:
+    """Runs `mtt` commands that may hang, or take all memory, in limited processes of their own.
+
+    One process that has imported everything forks for every command, so each takes milliseconds.
+    """
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(_COMMANDS_APART)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=Path(__file__).resolve().parents[2],
+        )
+
+    def run(self, *arguments: object) -> dict[str, Any]:
+        """`code`, `err` and `megabytes`; or the `status` of a process that died."""
+        assert self._process.stdin and self._process.stdout
+        self._process.stdin.write(json.dumps([str(a) for a in arguments]) + "\n")
+        self._process.stdin.flush()
+        return json.loads(self._process.stdout.readline())
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.communicate()

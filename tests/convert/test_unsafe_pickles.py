@@ -37,6 +37,7 @@ from tests.convert.surgery import (
     PLACEHOLDER,
     TORCH,
     TORCH_DIST,
+    CommandsApart,
     Golden,
     binary,
     build,
@@ -57,7 +58,6 @@ from tests.convert.surgery import (
     reduce,
     refused,
     run,
-    run_apart,
     set_arguments,
     shard,
     slots,
@@ -158,7 +158,12 @@ LIVE: dict[str, Attack] = {
     ),
     "import_module": _import,
     "memo": lambda c: (
-        named("os", "system") + b"r\x00\x01\x00\x00" + b"0" + b"j\x00\x01\x00\x00" + items(_touch(c)) + b"R"
+        named("os", "system")
+        + b"r\x00\x01\x00\x00"
+        + b"0"
+        + b"j\x00\x01\x00\x00"
+        + items(_touch(c))
+        + b"R"
     ),
 }
 # Never of use to a checkpoint; some need another protocol or more files to do harm.
@@ -192,9 +197,7 @@ DORMANT: dict[str, Attack] = {
 def test_the_bait_is_real(attack: Attack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the standard unpickler every one of these attacks does what it says."""
     canary = tmp_path / "canary"
-    (tmp_path / "mtt_bait.py").write_text(
-        f"open({str(canary)!r}, 'w').close()\nclass Bait: pass\n"
-    )
+    (tmp_path / "mtt_bait.py").write_text(f"open({str(canary)!r}, 'w').close()\nclass Bait: pass\n")
     monkeypatch.syspath_prepend(tmp_path)
     pickle.loads(program(attack(canary)))
     sys.modules.pop("mtt_bait", None)
@@ -620,6 +623,9 @@ def test_storages_and_views_must_fit(body: bytes, root: Path, tmp_path: Path) ->
 
 
 def test_sizes_of_other_types(root: Path, tmp_path: Path) -> None:
+    with edited(shard(root)) as content:
+        _in_model(content)
+    saved = shard(root).read_bytes()
     for size in (b"G" + struct.pack(">d", 4.0), b"\x88", text("4"), NONE, listed(number(4))):
         body = reduce(
             named("torch._utils", "_rebuild_tensor_v2"),
@@ -628,8 +634,7 @@ def test_sizes_of_other_types(root: Path, tmp_path: Path) -> None:
             items(size),
             items(number(1)),
         )
-        with edited(shard(root)) as content:
-            _in_model(content)
+        shard(root).write_bytes(saved)
         _plant_with_storage(shard(root), body)
         refused(root, tmp_path / "out", CorruptError)
 
@@ -811,10 +816,12 @@ KEYS = ("x", "args", "iteration", "checkpoint_version", "model0")
 
 @pytest.mark.parametrize("body", MANY.values(), ids=MANY)
 @pytest.mark.parametrize("key", KEYS)
-def test_endless_values(key: str, body: bytes, root: Path, tmp_path: Path) -> None:
+def test_endless_values(
+    key: str, body: bytes, root: Path, tmp_path: Path, apart: CommandsApart
+) -> None:
     """They end in an answer of a readable length, within a second or so, wherever they stand."""
     plant_in(shard(root), lambda content: content.update({key: PLACEHOLDER}), body)
-    _answers_in_time(root, tmp_path)
+    _answers(apart, root, tmp_path / "out")
 
 
 ARGUMENTS = ("x", "num_layers", "tensor_model_parallel_size", "softmax_type", "normalization")
@@ -822,40 +829,42 @@ ARGUMENTS = ("x", "num_layers", "tensor_model_parallel_size", "softmax_type", "n
 
 @pytest.mark.parametrize("body", MANY.values(), ids=MANY)
 @pytest.mark.parametrize("argument", ARGUMENTS)
-def test_endless_arguments(argument: str, body: bytes, root: Path, tmp_path: Path) -> None:
+def test_endless_arguments(
+    argument: str, body: bytes, root: Path, tmp_path: Path, apart: CommandsApart
+) -> None:
     def place(content: Any) -> None:
         setattr(content["args"], argument, PLACEHOLDER)
 
     plant_in(shard(root), place, body)
-    _answers_in_time(root, tmp_path)
+    _answers(apart, root, tmp_path / "out")
 
 
 @pytest.mark.parametrize("body", MANY.values(), ids=MANY)
-def test_endless_tensors(body: bytes, root: Path, tmp_path: Path) -> None:
+def test_endless_tensors(body: bytes, root: Path, tmp_path: Path, apart: CommandsApart) -> None:
     plant_in(shard(root), _in_model, body)
-    _answers_in_time(root, tmp_path)
+    _answers(apart, root, tmp_path / "out")
 
 
-LIMITED = """
-    import resource, signal, sys
-    resource.setrlimit(resource.RLIMIT_AS, (3 << 30, 3 << 30))
-    signal.alarm(10)
-    from mtt_convert.cli import main
-    code = main(["convert", sys.argv[1], sys.argv[2]])
-    print(code, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
-"""
+@pytest.fixture(scope="module")
+def apart() -> Iterator[CommandsApart]:
+    """Where commands run that may hang or take all memory."""
+    commands = CommandsApart()
+    yield commands
+    commands.close()
 
 
-def _answers_in_time(root: Path, tmp_path: Path, codes: tuple[int, ...] = (0, 2, 3)) -> None:
-    """The command ends with a proper answer, fast and small; run apart, as it may not."""
-    result = run_apart(LIMITED, root, tmp_path / "out")
-    assert result.returncode == 0, (result.returncode, result.stderr[-500:])
-    code, megabytes = map(int, result.stdout.split()[-2:])
-    assert code in codes, result.stderr[:500]
-    assert megabytes < 300, f"{megabytes} MB"
-    assert len(result.stderr) < 4000
-    if code:
-        assert not (tmp_path / "out").exists()
+def _answers(
+    apart: CommandsApart, root: Path, target: Path, codes: tuple[int, ...] = (0, 2, 3)
+) -> None:
+    """The command ends with a proper answer, fast and small."""
+    answer = apart.run("convert", root, target)
+    assert "code" in answer, f"killed: {answer}"
+    assert answer["code"] in codes, answer["err"][:1000]
+    assert answer["megabytes"] < 200
+    assert len(answer["err"]) < 4000
+    if answer["code"]:
+        assert answer["err"].startswith("error: ")
+        assert not target.exists()
 
 
 LENGTHS = {
@@ -878,10 +887,12 @@ LENGTHS = {
 
 
 @pytest.mark.parametrize("stream", LENGTHS.values(), ids=LENGTHS)
-def test_lengths_are_not_believed(stream: bytes, root: Path, tmp_path: Path) -> None:
+def test_lengths_are_not_believed(
+    stream: bytes, root: Path, tmp_path: Path, apart: CommandsApart
+) -> None:
     """A length or an index in the stream takes no memory that the stream does not fill."""
     shard(root, 1, 1).write_bytes(torch_file(stream))
-    _answers_in_time(root, tmp_path, codes=(3,))
+    _answers(apart, root, tmp_path / "out", codes=(3,))
 
 
 @pytest.mark.parametrize(
@@ -889,12 +900,14 @@ def test_lengths_are_not_believed(stream: bytes, root: Path, tmp_path: Path) -> 
     ["num_layers", "tensor_model_parallel_size", "pipeline_model_parallel_size",
      "expert_model_parallel_size", "padded_vocab_size", "hidden_size"],
 )  # fmt: skip
-def test_sizes_in_arguments_are_not_believed(argument: str, root: Path, tmp_path: Path) -> None:
+def test_sizes_in_arguments_are_not_believed(
+    argument: str, root: Path, tmp_path: Path, apart: CommandsApart
+) -> None:
     set_arguments(root, **{argument: 10**11})
-    _answers_in_time(root, tmp_path, codes=(2, 3))
+    _answers(apart, root, tmp_path / "out", codes=(2, 3))
 
 
-def test_repeated_elements_take_no_memory(dist: Path, tmp_path: Path) -> None:
+def test_repeated_elements_take_no_memory(dist: Path, tmp_path: Path, apart: CommandsApart) -> None:
     """A stride of zero makes 2**40 rows of 16 bytes."""
     rows, name = 2**40, "decoder.layers.mlp.linear_fc3.weight"
     data = torch_file(program(tensor((rows, 4), (0, 1))))
@@ -904,12 +917,10 @@ def test_repeated_elements_take_no_memory(dist: Path, tmp_path: Path) -> None:
         fqn = "embedding.word_embeddings.weight"
         index = next(i for i in places if i.fqn == fqn)
         chunk = type(entries[fqn].chunks[0])(torch.Size((0, 0)), torch.Size((rows, 4)))
-        entries[name] = type(entries[fqn])(
-            entries[fqn].properties, torch.Size((rows, 4)), [chunk]
-        )
+        entries[name] = type(entries[fqn])(entries[fqn].properties, torch.Size((rows, 4)), [chunk])
         place = type(places[index])("new.distcp", 0, len(data))
         places[type(index)(name, torch.Size((0, 0)))] = place
-    _answers_in_time(dist, tmp_path, codes=(3,))
+    _answers(apart, dist, tmp_path / "out", codes=(3,))
 
 
 # Metadata of another shape than torch writes
@@ -1031,11 +1042,9 @@ def test_arguments_with_an_odd_state(state: bytes, root: Path, tmp_path: Path) -
     ],
     ids=repr,
 )
-def test_arguments_with_odd_values(
-    values: dict[Any, Any], root: Path, tmp_path: Path
-) -> None:
+def test_arguments_with_odd_values(values: dict[Any, Any], root: Path, tmp_path: Path) -> None:
     """An answer in words or a model that can be read again; never a traceback, never NaN."""
-    set_arguments(root, **{})
+    set_arguments(root)
     for path in (shard(root, tp, pp) for tp in (0, 1) for pp in (0, 1)):
         with edited(path) as content:
             vars(content["args"]).update(values)
