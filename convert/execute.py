@@ -13,8 +13,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Protocol
 
 from .casting import cast_window
@@ -101,8 +100,12 @@ def run(
         return
     with ThreadPoolExecutor(num_workers, thread_name_prefix="mtt") as pool:
         workers = [pool.submit(job.work) for _ in range(num_workers)]
-    for worker in workers:
-        worker.result()
+        try:
+            for worker in as_completed(workers):
+                worker.result()
+        except BaseException:
+            job.stop()
+            raise
 
 
 class _Job:
@@ -116,22 +119,26 @@ class _Job:
         self._waiting = deque((file, deque(file.tensors)) for file in plan.files)
         self._left = {file.name: len(file.tensors) for file in plan.files}
         self._done, self._total = 0, sum(t.num_bytes for f in plan.files for t in f.tensors)
-        self._failed = False
+        self._stopped = False
+
+    def stop(self) -> None:
+        """Let all workers end at their next window."""
+        self._stopped = True
 
     def work(self) -> None:
-        with ExitStack() as stack:
-            reader = stack.enter_context(FileReader())
+        """Copy tensors until there are none left."""
+        with FileReader() as reader:
             try:
                 for file, tensor in self._units():
                     self._copy(reader, file, tensor)
             except BaseException:
-                self._failed = True
+                self.stop()
                 raise
 
     def _units(self) -> Iterator[tuple[PlannedFile, PlannedTensor]]:
         """Tensors for one worker: files of its own first, then what others have not begun."""
         own: tuple[PlannedFile, deque[PlannedTensor]] | None = None
-        while not self._failed:
+        while not self._stopped:
             with self._lock:
                 if own is None or not own[1]:
                     own = next((entry for entry in self._waiting if entry[1]), None)
@@ -146,7 +153,7 @@ class _Job:
         hasher = new_hasher(self._algorithm)
         position = 0
         for window in stream(tensor.source, reader):
-            if self._failed:
+            if self._stopped:
                 return
             data = cast_window(window, tensor.source.dtype, tensor.dtype)
             hasher.update(data)
