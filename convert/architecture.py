@@ -207,7 +207,9 @@ class Architecture:
         self._check_rotation()
 
     def _check_rotation(self) -> None:
-        self._require(self.rotary_base > 0, "an impossible base", "rotary_base", "above 0")
+        self._require(
+            0 < self.rotary_base < float("inf"), "an impossible base", "rotary_base", "above 0"
+        )
         self._require(
             0 < self.rotary_percent <= 1,
             "an impossible part of the heads is rotated",

@@ -49,6 +49,9 @@ DTYPES = {
         DType("int32", 4, "I32"),
         DType("int16", 2, "I16"),
         DType("int8", 1, "I8"),
+        DType("uint64", 8, "U64"),
+        DType("uint32", 4, "U32"),
+        DType("uint16", 2, "U16"),
         DType("uint8", 1, "U8"),
         DType("bool", 1, "BOOL"),
     )

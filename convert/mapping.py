@@ -22,7 +22,7 @@ from .errors import MappingError
 from .ops import Op, Same
 from .tensors import LazyTensor
 
-_PLACEHOLDERS = {"i": r"(?P<i>\d+)", "p": r"(?P<p>weight|bias)"}
+_PLACEHOLDERS = {"i": r"(?P<i>0|[1-9][0-9]{0,6})", "p": r"(?P<p>weight|bias)"}
 _ALTERNATIVES = re.compile(r"\{([^{}]*,[^{}]*)\}")
 
 

@@ -156,6 +156,13 @@ def check_complete(shapes: Mapping[str, Ints], architecture: Architecture) -> No
         MappingError: there are parameters this architecture does not have.
         CorruptError: a shape contradicts the architecture.
     """
+    if architecture.num_layers > len(shapes):
+        raise IncompleteError(
+            "layers are missing; nothing was written",
+            found=f"{len(shapes)} parameters",
+            expected=f"those of {architecture.num_layers} layers",
+            fix="check that all files of the iteration were copied",
+        )
     wanted = expected(architecture)
     if missing := [name for name in wanted if name not in shapes]:
         raise IncompleteError(

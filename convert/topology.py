@@ -166,7 +166,7 @@ def _join(name: str, shards: Sequence[Shard], split: int | None, blocks: int) ->
     parts = [shard.tensors[name] for shard in shards]
     if split is None or len(parts) == 1:
         return parts[0]
-    if split >= len(parts[0].shape) or parts[0].shape[split] % blocks:
+    if split >= len(parts[0].shape) or parts[0].shape[split] % blocks or not parts[0].num_elements:
         raise CorruptError(
             f"{name} cannot be joined",
             found=f"shape {list(parts[0].shape)}",

@@ -20,6 +20,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 
 from ..checkpoint import Layout, RawCheckpoint, Shard
 from ..errors import (
@@ -31,8 +32,9 @@ from ..errors import (
 )
 from ..tensors import LazyTensor
 from .folders import Place, iteration_folder, listing
-from .pickles import Record, is_opaque
+from .pickles import is_opaque
 from .torch_zip import load
+from .values import holds_tensors, iteration, plain_arguments, scalar, version
 
 NAME = "torch"
 _RANK = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?(?:_(\d{3,}))?")
@@ -50,7 +52,10 @@ _STATE = {
     "rerun_state_machine": "rerun state",
 }
 _BUFFERS = {"_extra_state": "_extra_state", "inv_freq": "inv_freq"}
+_MAX_DEPTH = 6
+_MAX_NAMED = 4
 Dropped = dict[str, list[str]]
+Arguments = Mapping[str, Mapping[str, object] | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,28 +89,30 @@ def open_folder(place: Place, skip_keys: frozenset[str] = frozenset()) -> RawChe
     dropped: Dropped = defaultdict(list)
     contents = {file.folder: _content(file) for file in files}
     first = contents[files[0].folder]
-    args = _arguments(first)
+    arguments = {name: plain_arguments(content.get("args")) for name, content in contents.items()}
+    args = arguments[files[0].folder]
     sizes = _sizes(args, files)
     ranks = {file.folder: _coordinates(file, sizes) for file in files}
     _check_grid(place, ranks, sizes)
+    _check_order(ranks, arguments)
     shards = []
     for file in files:
         content = contents[file.folder]
         _check_agreement(file, content, files[0], first)
         tp, pp, ep = ranks[file.folder]
         for chunk, model in enumerate(_chunks(file, content, dropped, skip_keys)):
-            tensors = dict(_flatten(model, file, dropped))
+            tensors = _unique(_flatten(model, file, dropped), file)
             where = f"{file.folder}/{_FILE}"
-            shards.append(Shard(where, tensors, _arguments(content), tp, pp, chunk, ep))
+            shards.append(Shard(where, tensors, arguments[file.folder], tp, pp, chunk, ep))
     num_chunks = 1 + max(shard.vpp for shard in shards)
     return RawCheckpoint(
         format=NAME,
         folder=place.folder,
         layout=Layout(sizes.tp, sizes.pp, num_chunks, sizes.ep),
         shards=tuple(shards),
-        iteration=_iteration(first, place),
+        iteration=iteration(first, place, files[0].path),
         args=args,
-        checkpoint_version=_version(first),
+        checkpoint_version=version(first, files[0].path, missing=0.0),
         dropped={kind: tuple(sorted(set(names))) for kind, names in dropped.items()},
         evidence=(f"{len(files)} mp_rank_* folders with {_FILE}",),
         num_files=len(files),
@@ -132,11 +139,6 @@ def _content(file: _RankFile) -> Mapping[str, object]:
             expected="a dict with args and model",
         )
     return content
-
-
-def _arguments(content: Mapping[str, object]) -> dict[str, object] | None:
-    args = content.get("args")
-    return args.fields if isinstance(args, Record) else None
 
 
 def _sizes(args: Mapping[str, object] | None, files: list[_RankFile]) -> Layout:
@@ -185,34 +187,64 @@ def _check_grid(place: Place, ranks: Mapping[str, tuple[int, int, int]], sizes: 
             fix="separate the files of the two runs",
         )
     present = {(tp, pp) for tp, pp, _ in ranks.values()}
-    wanted = [(tp, pp) for tp in range(sizes.tp) for pp in range(sizes.pp)]
-    missing = [
-        f"{_rank_folder(tp, pp, sizes)}/{_FILE}" for tp, pp in wanted if (tp, pp) not in present
-    ]
     experts = {(ep, pp) for _, pp, ep in ranks.values()}
-    absent = [(e, p) for e in range(sizes.ep) for p in range(sizes.pp) if (e, p) not in experts]
-    missing += [f"a file of expert rank {ep} at pipeline rank {pp}" for ep, pp in absent]
+    num_missing = sizes.tp * sizes.pp - len(present)
+    grid = ((tp, pp) for tp in range(sizes.tp) for pp in range(sizes.pp))
+    missing = [
+        f"{_rank_folder(tp, pp, sizes)}/{_FILE}"
+        for tp, pp in islice((rank for rank in grid if rank not in present), _MAX_NAMED)
+    ]
+    if not missing and sizes.ep * sizes.pp > len(experts):
+        num_missing = sizes.ep * sizes.pp - len(experts)
+        pairs = ((ep, pp) for ep in range(sizes.ep) for pp in range(sizes.pp))
+        absent = islice((pair for pair in pairs if pair not in experts), _MAX_NAMED)
+        missing = [f"a file of expert rank {ep} at pipeline rank {pp}" for ep, pp in absent]
     if missing:
-        name = os.path.basename(place.folder)
-        folders = [_rank_folder(tp, pp, sizes) for tp, pp in wanted]
-        others = [n for n in place.iterations if _has_all(place, n, folders)]
-        fix = "copy that file again" if len(missing) == 1 else "copy those files again"
+        others = [n for n in place.iterations if _has_all(place, n, sizes)]
+        fix = "copy that file again" if num_missing == 1 else "copy those files again"
+        more = f", ... ({num_missing})" if num_missing > len(missing) else ""
         raise IncompleteError(
-            f"{name} is incomplete; nothing was written",
-            found=f"{len(ranks)} of {len(wanted)} ranks ({sizes})",
-            expected=", ".join(missing[:4]) + (f", ... ({len(missing)})" if missing[4:] else ""),
+            f"{os.path.basename(place.folder)} is incomplete; nothing was written",
+            found=f"{len(present)} of {sizes.tp * sizes.pp} ranks ({sizes})",
+            expected=", ".join(missing) + more,
             fix=fix + (f", or use --iteration {others[-1]}, which is complete" if others else ""),
         )
 
 
-def _has_all(place: Place, iteration: int, folders: list[str]) -> bool:
-    """Whether another iteration of the same root has a file for each of these ranks."""
+def _has_all(place: Place, iteration: int, sizes: Layout) -> bool:
+    """Whether another iteration of the same root has a file for each tensor and pipeline rank."""
     root = iteration_folder(os.path.dirname(place.folder), iteration)
-    return all(os.path.isfile(os.path.join(root, folder, _FILE)) for folder in folders)
+    ranks = ((tp, pp) for tp in range(sizes.tp) for pp in range(sizes.pp))
+    return all(
+        os.path.isfile(os.path.join(root, _rank_folder(tp, pp, sizes), _FILE)) for tp, pp in ranks
+    )
 
 
 def _rank_folder(tp: int, pp: int, sizes: Layout) -> str:
     return f"mp_rank_{tp:02d}" + (f"_{pp:03d}" if sizes.pp > 1 else "")
+
+
+def _check_order(ranks: Mapping[str, tuple[int, int, int]], arguments: Arguments) -> None:
+    """Global ranks rise with pipeline and tensor rank: files copied to a wrong place show.
+
+    (megatron/core/parallel_state.py, the default order tp-cp-ep-dp-pp. Tools that write all
+    files from one process leave one and the same number in them.)
+    """
+    places = sorted((pp, tp, folder) for folder, (tp, pp, ep) in ranks.items() if ep == 0)
+    numbers = [(arguments[folder] or {}).get("rank") for _, _, folder in places]
+    known = [number for number in numbers if type(number) is int]
+    if len(known) < len(numbers) or len(set(known)) <= 1:
+        return
+    for (_, _, before), (_, _, folder), low, high in zip(
+        places, places[1:], known, known[1:], strict=False
+    ):
+        if low >= high:
+            raise InconsistentError(
+                f"{folder} holds the file of another rank; nothing was written",
+                found=f"global rank {high} in {folder}, {low} in {before}",
+                expected="ranks that rise with the pipeline stage and the tensor-parallel rank",
+                fix="copy the files again from where they were written",
+            )
 
 
 def _check_agreement(
@@ -222,11 +254,12 @@ def _check_agreement(
     first: Mapping[str, object],
 ) -> None:
     for key in ("iteration", "checkpoint_version"):
-        if content.get(key) != first.get(key):
+        found, expected = scalar(content, key, file.path), scalar(first, key, first_file.path)
+        if found != expected:
             raise InconsistentError(
                 f"ranks disagree about {key}; nothing was written",
-                found=f"{content.get(key)} in {file.folder}",
-                expected=f"{first.get(key)}, as in {first_file.folder}",
+                found=f"{found} in {file.folder}",
+                expected=f"{expected}, as in {first_file.folder}",
                 fix="use files of one and the same save",
             )
 
@@ -240,12 +273,18 @@ def _chunks(
     """The model chunks of one file, in order; everything else must be of a known kind."""
     chunks: dict[int, Mapping[str, object]] = {}
     for key, value in content.items():
-        number = re.fullmatch(r"model(\d*)", str(key))
+        number = re.fullmatch(r"model([0-9]{0,4})", str(key))
         if number and isinstance(value, dict):
+            if int(number[1] or 0) in chunks:
+                raise InconsistentError(
+                    f"{file.path} has two models in it",
+                    found=f"{key} beside model",
+                    expected="model, or model0, model1, ...",
+                )
             chunks[int(number[1] or 0)] = value
         elif key in _STATE or key in skip_keys:
             dropped[_STATE.get(key, "skipped")].append(str(key))
-        elif _holds_tensors(value):
+        elif holds_tensors(value):
             raise MappingError(
                 f"{file.path} has tensors under {key!r}; nothing was written",
                 found=str(key),
@@ -262,16 +301,13 @@ def _chunks(
 
 
 def _flatten(
-    model: Mapping[str, object], file: _RankFile, dropped: Dropped, prefix: str = ""
+    model: Mapping[str, object], file: _RankFile, dropped: Dropped
 ) -> Iterator[tuple[str, LazyTensor]]:
     """Dotted names and tensors of a flat or nested model."""
-    for key, value in model.items():
-        name = f"{prefix}{key}"
+    for name, value in _leaves(model, file):
         kind = _BUFFERS.get(name.rpartition(".")[2])
         if kind:
             dropped[kind].append(name)
-        elif isinstance(value, dict):
-            yield from _flatten(value, file, dropped, f"{name}.")
         elif isinstance(value, LazyTensor) and value.dtype.is_floating and value.dtype.itemsize > 1:
             yield name, value
         elif isinstance(value, LazyTensor) or is_opaque(value):
@@ -282,29 +318,33 @@ def _flatten(
                 fix="save the checkpoint with plain weights",
             )
         elif value is not None:
-            raise CorruptError(f"{name} in {file.folder} is no tensor", found=repr(value)[:200])
+            found = f"a {type(value).__name__}"
+            raise CorruptError(f"{name} in {file.folder} is no tensor", found=found)
 
 
-def _holds_tensors(value: object) -> bool:
-    if isinstance(value, dict):
-        return any(_holds_tensors(item) for item in value.values())
-    if isinstance(value, (list, tuple)):
-        return any(_holds_tensors(item) for item in value)
-    return isinstance(value, LazyTensor)
+def _unique(named: Iterator[tuple[str, LazyTensor]], file: _RankFile) -> dict[str, LazyTensor]:
+    tensors: dict[str, LazyTensor] = {}
+    for name, tensor in named:
+        if name in tensors:
+            raise MappingError(
+                f"{file.path} has one parameter twice; nothing was written",
+                found=f"nested and dotted: {name}",
+                expected="every parameter once",
+            )
+        tensors[name] = tensor
+    return tensors
 
 
-def _iteration(content: Mapping[str, object], place: Place) -> int | None:
-    value = content.get("iteration")
-    if type(value) is int and place.iteration is not None and value != place.iteration:
-        raise InconsistentError(
-            f"{os.path.basename(place.folder)} holds another iteration",
-            found=str(value),
-            expected=str(place.iteration),
-            fix="rename the folder, or copy the right files into it",
-        )
-    return value if type(value) is int else place.iteration
-
-
-def _version(content: Mapping[str, object]) -> float:
-    value = content.get("checkpoint_version", 0)
-    return float(value) if isinstance(value, (int, float)) else 0.0
+def _leaves(
+    model: Mapping[str, object], file: _RankFile, prefix: str = "", depth: int = 0
+) -> Iterator[tuple[str, object]]:
+    if depth > _MAX_DEPTH:
+        raise CorruptError(f"{file.path} nests its model too deeply", found=prefix[:80])
+    for key, value in model.items():
+        if not isinstance(key, str):
+            raise CorruptError(f"{file.path} has parameters without names", found=prefix[:80])
+        name = prefix + key
+        if isinstance(value, dict):
+            yield from _leaves(value, file, f"{name}.", depth + 1)
+        else:
+            yield name, value

@@ -26,6 +26,7 @@ from ..tensors import LazyTensor, Piece
 from .folders import Place
 from .pickles import Record, load_pickle
 from .torch_zip import load
+from .values import iteration, plain_arguments, records, sizes, version
 
 NAME = "torch_dist"
 _STATE = re.compile(
@@ -34,6 +35,7 @@ _STATE = re.compile(
     r"|(?P<rerun>rerun_state_machine_state.*)"
     r"|(?P<extra>.*\._extra_state(/.*)?)"
 )
+_MODEL = re.compile(r"(embedding|encoder|decoder|output_layer|mtp)\b")
 _KINDS = {"optimizer": "optimizer", "rng": "rng", "rerun": "rerun state", "extra": "_extra_state"}
 _STACKED = re.compile(r"decoder\.layers\.(?!\d+\.)(.+)")
 
@@ -64,8 +66,10 @@ def open_folder(place: Place, skip_keys: frozenset[str] = frozenset()) -> RawChe
     if not isinstance(entries, dict):
         raise CorruptError(f"{folder}/.metadata lists no tensors")
     for name, entry in entries.items():
+        if not isinstance(name, str):
+            raise CorruptError(f"{folder}/.metadata lists tensors without names")
         kind = _STATE.fullmatch(name)
-        if kind or name in skip_keys:
+        if kind or (name in skip_keys and not _MODEL.match(name)):
             dropped[_KINDS[kind.lastgroup or ""] if kind else "skipped"].append(name)
         elif isinstance(entry, Record) and entry.qualified.endswith(".TensorStorageMetadata"):
             tensors.update(_numbered(name, _tensor(folder, name, entry, stored)))
@@ -77,18 +81,16 @@ def open_folder(place: Place, skip_keys: frozenset[str] = frozenset()) -> RawChe
                 fix=f"leave it out with --skip-key {name}, if it is not part of the model",
             )
     paths = {piece.path for tensor in tensors.values() for piece in tensor.pieces}
-    args = common.get("args")
-    fields = args.fields if isinstance(args, Record) else None
-    iteration = common.get("iteration")
-    version = common.get("checkpoint_version", 3.0)
+    where = f"{folder}/common.pt"
+    fields = plain_arguments(common.get("args"))
     return RawCheckpoint(
         format=NAME,
         folder=folder,
         layout=_layout(fields or {}),
         shards=(Shard(".metadata", tensors, fields),),
-        iteration=iteration if type(iteration) is int else place.iteration,
+        iteration=iteration(common, place, where),
         args=fields,
-        checkpoint_version=float(version) if isinstance(version, (int, float)) else 3.0,
+        checkpoint_version=version(common, where, missing=3.0),
         dropped={kind: tuple(sorted(names)) for kind, names in dropped.items()},
         evidence=("metadata.json names the torch_dist backend",),
         num_files=len(paths),
@@ -108,7 +110,7 @@ def _check_backend(folder: str) -> None:
     path = os.path.join(folder, "metadata.json")
     try:
         backend = json.loads(_read(path))["sharded_backend"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CorruptError(f"{path} is not readable JSON", found=str(error)) from error
     if backend != NAME:
         raise UnsupportedError(
@@ -155,8 +157,11 @@ def _stored(metadata: Record) -> dict[tuple[str, Ints], tuple[str, int, int]]:
             raise CorruptError("storage_data of .metadata is of an unknown kind")
         offsets = index.fields.get("offset")
         if offsets is not None:
+            name = index.field("fqn")
             place = (info.field("relative_path"), info.field("offset"), info.field("length"))
-            stored[index.field("fqn"), tuple(offsets)] = place
+            if not isinstance(name, str):
+                raise CorruptError("storage_data of .metadata lists tensors without names")
+            stored[name, sizes(offsets, name)] = place
     return stored
 
 
@@ -167,9 +172,13 @@ def _tensor(
     stored: dict[tuple[str, Ints], tuple[str, int, int]],
 ) -> LazyTensor:
     """One global tensor from its chunks."""
-    shape = tuple(entry.field("size"))
-    chunks = [(tuple(c.field("offsets")), tuple(c.field("sizes"))) for c in entry.field("chunks")]
-    if not tiles(chunks, shape):
+    shape = sizes(entry.field("size"), name)
+    chunks = [
+        (sizes(chunk.field("offsets"), name), sizes(chunk.field("sizes"), name))
+        for chunk in records(entry.field("chunks"), name)
+    ]
+    ranks = {len(part) for chunk in chunks for part in chunk}
+    if ranks - {len(shape)} or not tiles(chunks, shape):
         raise IncompleteError(
             f"the chunks of {name} do not make up the tensor; nothing was written",
             found=f"{len(chunks)} chunks",
@@ -177,11 +186,11 @@ def _tensor(
         )
     pieces: list[Piece] = []
     dtypes = set()
-    for start, sizes in chunks:
-        part = _chunk(folder, name, start, sizes, stored)
+    for start, extent in chunks:
+        part = _chunk(folder, name, start, extent, stored)
         dtypes.add(part.dtype)
         pieces += [
-            Piece(start, sizes, piece.path, piece.offset, piece.strides) for piece in part.pieces
+            Piece(start, extent, piece.path, piece.offset, piece.strides) for piece in part.pieces
         ]
     dtype = dtypes.pop()
     if dtypes or not dtype.is_floating or dtype.itemsize == 1:
@@ -198,7 +207,7 @@ def _chunk(
     folder: str,
     name: str,
     start: Ints,
-    sizes: Ints,
+    extent: Ints,
     stored: dict[tuple[str, Ints], tuple[str, int, int]],
 ) -> LazyTensor:
     if (name, start) not in stored:
@@ -206,7 +215,7 @@ def _chunk(
     relative, offset, length = stored[name, start]
     if not (isinstance(relative, str) and type(offset) is int and type(length) is int):
         raise CorruptError(f".metadata is inconsistent about {name}")
-    if os.path.basename(relative) != relative:
+    if os.path.basename(relative) != relative or "\0" in relative:
         raise CorruptError(
             f".metadata points outside the checkpoint for {name}",
             found=relative,
@@ -221,11 +230,11 @@ def _chunk(
             fix="copy that file again",
         )
     part = load(path, offset, length)
-    if not isinstance(part, LazyTensor) or part.shape != sizes:
+    if not isinstance(part, LazyTensor) or part.shape != extent or part.num_bytes > length:
         raise CorruptError(
             f"{relative} holds something else at {offset} than .metadata says",
             found=str(list(part.shape)) if isinstance(part, LazyTensor) else type(part).__name__,
-            expected=f"{name} {list(sizes)}",
+            expected=f"{name} {list(extent)}",
         )
     return part
 

@@ -26,8 +26,9 @@ from typing import Any, NoReturn
 
 from ..boxes import row_major
 from ..dtypes import DTYPES, DType, refuse_state
-from ..errors import CorruptError, UnsafePickleError
+from ..errors import CorruptError, SourceError, UnsafePickleError, UnsupportedError
 from ..tensors import LazyTensor
+from .opcodes import check
 
 _DCP = "torch.distributed.checkpoint"
 
@@ -42,7 +43,8 @@ class _Sealed(type):
 class Stub(metaclass=_Sealed):
     """An inert stand-in for an object whose class is not loaded."""
 
-    qualified = ""
+    qualified = "something too large for metadata"
+    args: tuple[object, ...]
 
     def __new__(cls, *args: object, **kwargs: object) -> Stub:
         """Remember the arguments; run nothing."""
@@ -62,8 +64,14 @@ class Stub(metaclass=_Sealed):
     extend = add = append
 
     def __repr__(self) -> str:
-        args = ", ".join(map(repr, self.__dict__.get("args", ())))
+        args = ", ".join(repr(arg) if _is_short(arg) else "..." for arg in self.args[:3])
         return f"<{type(self).qualified}({args})>"
+
+
+def _is_short(value: object) -> bool:
+    if isinstance(value, str):
+        return len(value) < 80
+    return isinstance(value, int) and abs(value) < 2**63
 
 
 class Record(metaclass=_Sealed):
@@ -160,9 +168,10 @@ def load_pickle(data: bytes, path: str, persistent_load: Callable[[Any], Any] | 
         UnsafePickleError: it names something that is not data.
         CorruptError: it is not a complete, consistent pickle.
     """
+    check(data, path)
     try:
         return _Unpickler(data, path, persistent_load).load()
-    except (UnsafePickleError, CorruptError):
+    except SourceError:
         raise
     except Exception as error:
         raise CorruptError(
@@ -205,12 +214,23 @@ def _inert(base: type, qualified: str) -> Any:
     return _Sealed(qualified.rpartition(".")[2], (base,), {"qualified": qualified})
 
 
-def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: object) -> LazyTensor:
+def _rebuild_tensor(
+    storage: Any,
+    offset: Any,
+    shape: Any,
+    strides: Any,
+    requires_grad: object = False,
+    hooks: object = None,
+    bits: object = None,
+) -> LazyTensor:
     """torch/_utils.py `_rebuild_tensor_v2`: a strided view of a storage.
 
     Raises:
         CorruptError: the view does not fit into its storage.
+        UnsupportedError: torch would change the elements on reading (negative, conjugate bits).
     """
+    if isinstance(bits, dict) and any(bits.values()):
+        raise UnsupportedError("a tensor is stored with its sign turned", found=str(sorted(bits)))
     sizes = (offset, *shape, *strides)
     if not isinstance(storage, StorageRef) or len(shape) != len(strides):
         raise CorruptError("a tensor without a storage")
@@ -232,8 +252,32 @@ def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: obj
     return LazyTensor.in_file(storage.dtype, shape, storage.path, position, steps)
 
 
-def _rebuild_subclass(rebuild: Any, _type: object, args: tuple[Any, ...], _state: object) -> Any:
-    """torch/_tensor.py `_rebuild_from_type_v2`, for plain tensors only."""
+def _rebuild_untyped(
+    storage: Any,
+    offset: Any,
+    shape: Any,
+    strides: Any,
+    _grad: Any,
+    _hooks: Any,
+    dtype: Any,
+    *_: Any,
+) -> LazyTensor:
+    """torch/_utils.py `_rebuild_tensor_v3`: a view of bytes as another dtype.
+
+    Raises:
+        CorruptError: the view does not fit into its storage.
+    """
+    if not isinstance(storage, StorageRef) or not isinstance(dtype, DType):
+        raise CorruptError("a tensor without a storage or a dtype")
+    count = storage.num_elements * storage.dtype.itemsize // dtype.itemsize
+    typed = StorageRef(dtype, storage.path, storage.offset, count)
+    return _rebuild_tensor(typed, offset, shape, strides)
+
+
+def _rebuild_subclass(rebuild: Any, kind: object, args: tuple[Any, ...], _state: object) -> Any:
+    """torch/_tensor.py `_rebuild_from_type_v2`: plain tensors and parameters, else a stub."""
+    if kind not in (_TABLE["torch.Tensor"], _TABLE["torch.nn.parameter.Parameter"]):
+        return kind() if isinstance(kind, _Sealed) and issubclass(kind, Stub) else Stub()
     if not isinstance(rebuild, _Known) or rebuild.function is not _rebuild_tensor:
         raise UnsafePickleError("a tensor subclass that is not rebuilt from a storage")
     return rebuild(*args)
@@ -266,6 +310,11 @@ _STUBS = """
     numpy.core.numeric._frombuffer numpy._core.numeric._frombuffer
     pathlib.Path pathlib.PosixPath pathlib.PurePath pathlib.PurePosixPath pathlib.WindowsPath
     signal.Signals signal.Handlers signal.SIG_DFL signal.SIG_IGN
+    torch._utils._rebuild_meta_tensor_no_storage torch._utils._rebuild_qtensor
+    torch._utils._rebuild_sparse_csr_tensor torch._utils._rebuild_sparse_tensor
+    torch._utils._rebuild_wrapper_subclass torch.per_channel_affine torch.per_tensor_affine
+    torch.qint32 torch.qint8 torch.quint8 torch.QInt8Storage torch.QInt32Storage
+    torch.QUInt8Storage torch.complex64 torch.complex128
     torch.Tensor torch.device torch.memory_format torch.layout torch.nn.parameter.Parameter
     torch.serialization._get_layout uuid.UUID
 """.split()
@@ -307,6 +356,7 @@ _TABLE: dict[str, Any] = {
     "torch.Size": _Known(lambda sizes=(): tuple(sizes)),
     "torch._utils._rebuild_tensor": _Known(_rebuild_tensor),
     "torch._utils._rebuild_tensor_v2": _Known(_rebuild_tensor),
+    "torch._utils._rebuild_tensor_v3": _Known(_rebuild_untyped),
     "torch._utils._rebuild_parameter": _Known(lambda tensor, *_: tensor),
     "torch._utils._rebuild_parameter_with_state": _Known(lambda tensor, *_: tensor),
     "torch._tensor._rebuild_from_type_v2": _Known(_rebuild_subclass),
@@ -317,4 +367,3 @@ _TABLE: dict[str, Any] = {
     **{name: _inert(Record, name) for name in _RECORDS},
     **{name: _inert(Stub, name) for name in _STUBS},
 }
-_TABLE["torch._utils._rebuild_tensor_v2"] = _TABLE["torch._utils._rebuild_tensor"]

@@ -68,10 +68,18 @@ class _Archive:
         window = cast(BinaryIO, _Window(file, start, end))
         try:
             self._zip = zipfile.ZipFile(window)
-        except (zipfile.BadZipFile, ValueError, OverflowError, struct.error) as error:
+        except (
+            zipfile.BadZipFile,
+            NotImplementedError,
+            OverflowError,
+            ValueError,
+            struct.error,
+        ) as error:
             found = f"{end - start} bytes, {str(error)[0].lower() + str(error)[1:]}"
             raise _damaged(path, found, "a complete file written by torch.save") from error
         self._records = {info.filename: info for info in self._zip.infolist()}
+        if len(self._records) < len(self._zip.infolist()):
+            raise _damaged(path, "two records of one name", "one")
         pickles = [name for name in self._records if name.endswith("/data.pkl")]
         if len(pickles) != 1:
             raise _damaged(path, f"{len(pickles)} records named data.pkl", "one")

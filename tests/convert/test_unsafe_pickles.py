@@ -393,9 +393,11 @@ def _rebuild_as(kind: bytes, of: bytes) -> bytes:
 def test_tensors_of_an_unknown_class_are_unsupported(root: Path, tmp_path: Path) -> None:
     """A subclass may read its storage in another way: taking it as it is could be wrong."""
     with edited(shard(root)) as content:
-        model_of(content, NORM)[NORM] = PLACEHOLDER
+        chunk = model_of(content, NORM)
+        data = chunk[NORM].numpy().tobytes()
+        chunk[NORM] = PLACEHOLDER
     body = _rebuild_as(named("some_library.quantised", "PackedTensor"), storage(count=64))
-    _plant_with_storage(shard(root), body, bytes(256))
+    _plant_with_storage(shard(root), body, data)
     refused(root, tmp_path / "out", UnsupportedError, says="PackedTensor")
 
 
@@ -848,6 +850,8 @@ def test_endless_tensors(body: bytes, root: Path, tmp_path: Path, apart: Command
 @pytest.fixture(scope="module")
 def apart() -> Iterator[CommandsApart]:
     """Where commands run that may hang or take all memory."""
+    if not sys.platform.startswith("linux"):
+        pytest.skip("measures memory by /proc")
     commands = CommandsApart()
     yield commands
     commands.close()
@@ -863,7 +867,7 @@ def _answers(
     assert answer["megabytes"] < 200
     assert len(answer["err"]) < 4000
     if answer["code"]:
-        assert answer["err"].startswith("error: ")
+        assert "\nerror: " in "\n" + answer["err"]  # Python itself may complain before
         assert not target.exists()
 
 
@@ -897,9 +901,9 @@ def test_lengths_are_not_believed(
 
 @pytest.mark.parametrize(
     "argument",
-    ["num_layers", "tensor_model_parallel_size", "pipeline_model_parallel_size",
-     "expert_model_parallel_size", "padded_vocab_size", "hidden_size"],
-)  # fmt: skip
+    "num_layers hidden_size padded_vocab_size tensor_model_parallel_size "
+    "pipeline_model_parallel_size expert_model_parallel_size".split(),
+)
 def test_sizes_in_arguments_are_not_believed(
     argument: str, root: Path, tmp_path: Path, apart: CommandsApart
 ) -> None:
@@ -1022,8 +1026,8 @@ def test_arguments_with_an_odd_state(state: bytes, root: Path, tmp_path: Path) -
         {"num_layers": 4.0},
         {"num_layers": -1},
         {"num_layers": True},
-        {"layernorm_epsilon": float("nan"), "norm_epsilon": float("nan")},
-        {"norm_epsilon": float("inf")},
+        {"layernorm_epsilon": float("nan")},
+        {"layernorm_epsilon": float("inf")},
         {"rotary_base": float("inf")},
         {"rotary_base": float("nan")},
         {"rotary_base": 10**400},
@@ -1040,7 +1044,7 @@ def test_arguments_with_an_odd_state(state: bytes, root: Path, tmp_path: Path) -
         {"tokenizer_model": "a\0b"},
         {"tensor_model_parallel_size": "2"},
     ],
-    ids=repr,
+    ids=lambda values: repr(values)[:40],
 )
 def test_arguments_with_odd_values(values: dict[Any, Any], root: Path, tmp_path: Path) -> None:
     """An answer in words or a model that can be read again; never a traceback, never NaN."""

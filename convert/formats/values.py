@@ -1,0 +1,168 @@
+"""Plain values of bounded size, from whatever a file holds.
+
+What is read from a pickle may be deep, endless (a list within itself), huge when written out (a
+list of lists of the same list), or a number of a million digits. Metadata of Megatron is none of
+that: these functions let through what metadata can be, and stop at the rest.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+
+from ..boxes import Ints
+from ..dtypes import DType
+from ..errors import CorruptError, InconsistentError
+from ..tensors import LazyTensor
+from .folders import Place
+from .pickles import Record, Stub, is_opaque
+
+_MAX_DEPTH = 6
+_MAX_VALUES = 20_000
+_MAX_INTEGER = 2**63
+
+
+class _TooMuch(Exception):
+    """A value is deeper or larger than metadata can be."""
+
+
+def plain_arguments(args: object) -> dict[str, object] | None:
+    """Megatron's arguments: plain values as they are, all others opaque; None if there are none.
+
+    Raises:
+        CorruptError: names that are no text.
+    """
+    if not isinstance(args, Record):
+        return None
+    fields = args.fields
+    if odd := [name for name in fields if not isinstance(name, str)]:
+        raise CorruptError(
+            "the arguments in the checkpoint are damaged",
+            found=f"{len(odd)} names that are no text",
+            expected="argument names",
+        )
+    return {str(name): _plain_or_opaque(value) for name, value in fields.items()}
+
+
+def _plain_or_opaque(value: object) -> object:
+    try:
+        return _plain(value, _MAX_DEPTH, [_MAX_VALUES])
+    except _TooMuch:
+        return Stub()
+
+
+def _plain(value: object, depth: int, budget: list[int]) -> object:
+    budget[0] -= 1
+    if depth == 0 or budget[0] < 0:
+        raise _TooMuch
+    if isinstance(value, int) and abs(value) >= _MAX_INTEGER:
+        raise _TooMuch
+    if value is None or isinstance(value, (bool, int, float, str, DType)):
+        return value
+    if isinstance(value, (list, tuple)):
+        return type(value)(_plain(item, depth - 1, budget) for item in value)
+    if isinstance(value, dict):
+        return {
+            _plain(key, depth - 1, budget): _plain(item, depth - 1, budget)
+            for key, item in value.items()
+        }
+    if is_opaque(value) and isinstance(value, Stub):
+        for argument in value.args:
+            _plain(argument, depth - 1, budget)
+        return value
+    return Stub()
+
+
+def scalar(content: Mapping[str, object], key: str, where: str) -> int | float | str | None:
+    """A number, a word or nothing under one key.
+
+    Raises:
+        CorruptError: something else, or a number no counter reaches.
+    """
+    value = content.get(key)
+    if value is None or isinstance(value, (str, float)):
+        return value
+    if isinstance(value, int) and abs(value) < _MAX_INTEGER:
+        return value
+    raise CorruptError(
+        f"{where} has no readable {key}", found=f"a {type(value).__name__}", expected="a number"
+    )
+
+
+def version(content: Mapping[str, object], where: str, missing: float) -> float:
+    """Megatron's `checkpoint_version`.
+
+    Raises:
+        CorruptError: it is no number.
+    """
+    value = scalar(content, "checkpoint_version", where)
+    return float(value) if isinstance(value, (int, float)) else missing
+
+
+def iteration(content: Mapping[str, object], place: Place, where: str) -> int | None:
+    """The iteration a file says it is of, which must be the one its folder is named after.
+
+    Raises:
+        InconsistentError: it is another one.
+    """
+    value = scalar(content, "iteration", where)
+    if isinstance(value, int) and place.iteration is not None and value != place.iteration:
+        raise InconsistentError(
+            f"{os.path.basename(place.folder)} holds another iteration",
+            found=str(value),
+            expected=str(place.iteration),
+            fix="rename the folder, or copy the right files into it",
+        )
+    return value if isinstance(value, int) else place.iteration
+
+
+def sizes(value: object, what: str) -> Ints:
+    """A tuple of sizes or offsets.
+
+    Raises:
+        CorruptError: it is something else.
+    """
+    if isinstance(value, (tuple, list)) and all(
+        type(size) is int and 0 <= size < _MAX_INTEGER for size in value
+    ):
+        return tuple(value)
+    raise CorruptError(
+        f".metadata is inconsistent about {what}",
+        found=f"a {type(value).__name__}",
+        expected="sizes or offsets",
+    )
+
+
+def records(value: object, what: str) -> list[Record]:
+    """A list of records.
+
+    Raises:
+        CorruptError: it is something else.
+    """
+    if isinstance(value, list) and all(isinstance(item, Record) for item in value):
+        return value
+    raise CorruptError(f".metadata is inconsistent about {what}", found=f"a {type(value).__name__}")
+
+
+def holds_tensors(value: object) -> bool:
+    """Whether there is a tensor anywhere in a value, however deep or endless it is."""
+    seen: set[int] = set()
+    waiting = [value]
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, LazyTensor):
+            return True
+        if id(item) not in seen:
+            seen.add(id(item))
+            waiting.extend(_parts(item))
+    return False
+
+
+def _parts(value: object) -> Iterator[object]:
+    if isinstance(value, dict):
+        yield from value
+        yield from value.values()
+    elif isinstance(value, (list, tuple, set, frozenset)):
+        yield from value
+    elif isinstance(value, (Record, Stub)):
+        yield from value.__dict__.values()
