@@ -11,23 +11,20 @@ from collections.abc import Mapping
 
 from .checkpoint import Checkpoint
 from .errors import MTTError
+from .families import Family
 from .plan import document
 from .tokenizer import Tokenizer
 from .version import __version__
 
-AUTO_MAP = {
-    "AutoConfig": "configuration_mtt.MTTConfig",
-    "AutoModel": "modeling_mtt.MTTModel",
-    "AutoModelForCausalLM": "modeling_mtt.MTTForCausalLM",
-}
 
-
-def config_json(fields: Mapping[str, object], dtype: str, tokenizer: Tokenizer) -> bytes:
+def config_json(
+    family: Family, fields: Mapping[str, object], dtype: str, tokenizer: Tokenizer
+) -> bytes:
     """`config.json`: the model's fields, its classes, and where their code stands."""
     config = {
-        "architectures": ["MTTForCausalLM"],
-        "auto_map": AUTO_MAP,
-        "model_type": "mtt",
+        "architectures": [family.CAUSAL_LM],
+        **({"auto_map": family.AUTO_MAP} if family.AUTO_MAP else {}),
+        "model_type": family.NAME,
         **fields,
         **special_tokens(tokenizer),
         "dtype": dtype,
@@ -56,16 +53,18 @@ def generation_config(tokenizer: Tokenizer) -> dict[str, int]:
     return {name: value for name, value in ids.items() if value is not None}
 
 
-def modeling_files() -> dict[str, bytes]:
-    """The modules of `modeling_mtt` that travel with the weights.
+def modeling_files(family: Family) -> dict[str, bytes]:
+    """The modules of a family's code that travel with the weights.
 
     Raises:
-        MTTError: the package is not installed beside this one.
+        MTTError: their package is not installed beside this one.
     """
-    spec = importlib.util.find_spec("modeling_mtt")
+    if family.CODE is None:
+        return {}
+    spec = importlib.util.find_spec(family.CODE)
     if spec is None or not spec.submodule_search_locations:
         raise MTTError(
-            "the package modeling_mtt is missing", fix="install modeling-mtt again: it has both"
+            f"the package {family.CODE} is missing", fix="install modeling-mtt again: it has both"
         )
     folder = spec.submodule_search_locations[0]
     files = {}

@@ -69,11 +69,11 @@ def plan_conversion(
     stored = _main_dtype(tensors) if dtype == "auto" else dtype
     count = sum(tensor.num_elements for tensor in tensors.values())
     documents = {
-        **modeling_files(),
+        **modeling_files(family),
         **words.files,
         "README.md": model_card(checkpoint, fields, count, stored),
         "generation_config.json": document(generation_config(words)),
-        "config.json": config_json(fields, stored, words),
+        "config.json": config_json(family, fields, stored, words),
     }
     if index is not None:
         documents[INDEX] = index

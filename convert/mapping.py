@@ -28,11 +28,15 @@ _ALTERNATIVES = re.compile(r"\{([^{}]*,[^{}]*)\}")
 
 @dataclass(frozen=True)
 class Rule:
-    """One line of a table: source template, target template, and what happens in between."""
+    """One line of a table: source template, target template, and what happens in between.
+
+    A `one_way` rule is a spelling that is read but never written: another line has the same target.
+    """
 
     source: str
     target: str
     op: Op = Same()
+    one_way: bool = False
 
     @property
     def inverse(self) -> Rule:
@@ -70,7 +74,7 @@ class RuleTable:
     @cached_property
     def inverse(self) -> RuleTable:
         """The same table from right to left."""
-        return RuleTable(*(rule.inverse for rule in self.rules))
+        return RuleTable(*(rule.inverse for rule in self.rules if not rule.one_way))
 
     def resolve(self, names: Iterable[str]) -> tuple[Match, ...]:
         """Match every name exactly once.

@@ -5,6 +5,8 @@ Left, Megatron's words; right, Hugging Face's. They meet only in the tables of t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from ..architecture import (
     ROPE_SCALING_HIGH_FREQ_FACTOR,
     ROPE_SCALING_LOW_FREQ_FACTOR,
@@ -16,6 +18,13 @@ from ..mapping import Rule, RuleTable
 from ..ops import SplitGated, SplitQKV, TrimVocab
 
 NAME = "mtt"
+CAUSAL_LM = "MTTForCausalLM"
+AUTO_MAP: Mapping[str, str] = {
+    "AutoConfig": "configuration_mtt.MTTConfig",
+    "AutoModel": "modeling_mtt.MTTModel",
+    "AutoModelForCausalLM": f"modeling_mtt.{CAUSAL_LM}",
+}
+CODE: str | None = "modeling_mtt"
 _IN, _OUT = "decoder.layers.{i}", "model.layers.{i}"
 _COMMON = (
     Rule("embedding.word_embeddings.weight", "model.embed_tokens.weight", TrimVocab()),
@@ -38,14 +47,43 @@ _FC1 = f"{_IN}.mlp.linear_fc1.{{p}}"
 _GATED = RuleTable(*_COMMON, Rule(_FC1, f"{_OUT}.mlp.{{gate_proj,up_proj}}.{{p}}", SplitGated()))
 _PLAIN = RuleTable(*_COMMON, Rule(_FC1, f"{_OUT}.mlp.up_proj.{{p}}"))
 
-ACTIVATIONS = {
-    "gelu": "gelu",
-    "gelu_tanh": "gelu_pytorch_tanh",
-    "silu": "silu",
-    "squared_relu": "relu2",
+# config.json's field -> the architecture's: equal values, opposite values, and renamed choices.
+SAME = {
+    "hidden_size": "hidden_size",
+    "intermediate_size": "ffn_hidden_size",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_attention_heads",
+    "num_key_value_heads": "num_query_groups",
+    "head_dim": "kv_channels",
+    "gated_mlp": "gated_linear_unit",
+    "norm_eps": "layernorm_epsilon",
+    "zero_centered_norm": "layernorm_zero_centered_gamma",
+    "max_position_embeddings": "max_position_embeddings",
+    "attention_bias": "has_qkv_bias",
+    "attention_out_bias": "add_bias_linear",
+    "mlp_bias": "add_bias_linear",
+    "use_qk_norm": "qk_layernorm",
+    "attention_dropout": "attention_dropout",
+    "hidden_dropout": "hidden_dropout",
+    "initializer_range": "init_method_std",
 }
-NORMS = {"LayerNorm": "layernorm", "RMSNorm": "rmsnorm"}
-POSITIONS = {"learned_absolute": "learned", "rope": "rope", "none": "none"}
+OPPOSITE = {"tie_word_embeddings": "untie_embeddings_and_output_weights"}
+CHOICES = {
+    "hidden_act": (
+        "activation",
+        {
+            "gelu": "gelu",
+            "gelu_tanh": "gelu_pytorch_tanh",
+            "silu": "silu",
+            "squared_relu": "relu2",
+        },
+    ),
+    "norm_type": ("normalization", {"LayerNorm": "layernorm", "RMSNorm": "rmsnorm"}),
+    "position_embedding_type": (
+        "position_embedding_type",
+        {"learned_absolute": "learned", "rope": "rope", "none": "none"},
+    ),
+}
 
 
 def rules(architecture: Architecture) -> RuleTable:
@@ -54,33 +92,18 @@ def rules(architecture: Architecture) -> RuleTable:
 
 
 def config(architecture: Architecture) -> dict[str, object]:
-    """The fields of `MTTConfig` that describe this architecture."""
+    """The fields of `MTTConfig` that describe this architecture.
+
+    Raises:
+        UnsupportedError: see `_rope`.
+    """
     a = architecture
-    rope = a.position_embedding_type == "rope"
     return {
         "vocab_size": a.vocab_size or a.padded_vocab_size,
-        "hidden_size": a.hidden_size,
-        "intermediate_size": a.ffn_hidden_size,
-        "num_hidden_layers": a.num_layers,
-        "num_attention_heads": a.num_attention_heads,
-        "num_key_value_heads": a.num_query_groups,
-        "head_dim": a.kv_channels,
-        "hidden_act": ACTIVATIONS[a.activation],
-        "gated_mlp": a.gated_linear_unit,
-        "norm_type": NORMS[a.normalization],
-        "norm_eps": a.layernorm_epsilon,
-        "zero_centered_norm": a.layernorm_zero_centered_gamma,
-        "position_embedding_type": POSITIONS[a.position_embedding_type],
-        "max_position_embeddings": a.max_position_embeddings,
-        "rope_parameters": _rope(a) if rope else None,
-        "attention_bias": a.has_qkv_bias,
-        "attention_out_bias": a.add_bias_linear,
-        "mlp_bias": a.add_bias_linear,
-        "use_qk_norm": a.qk_layernorm,
-        "tie_word_embeddings": not a.untie_embeddings_and_output_weights,
-        "attention_dropout": a.attention_dropout,
-        "hidden_dropout": a.hidden_dropout,
-        "initializer_range": a.init_method_std,
+        **{ours: getattr(a, theirs) for ours, theirs in SAME.items()},
+        **{ours: not getattr(a, theirs) for ours, theirs in OPPOSITE.items()},
+        **{ours: names[getattr(a, theirs)] for ours, (theirs, names) in CHOICES.items()},
+        "rope_parameters": _rope(a) if a.position_embedding_type == "rope" else None,
     }
 
 

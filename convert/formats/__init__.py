@@ -1,22 +1,35 @@
 """Checkpoint formats: one module each, asked in this order which of them a folder is.
 
-A reader module has `NAME`, `holds_model(folder)` and `open_folder(place, skip_keys)`; a new
-format is one new file and one entry in `READERS`.
+A new format is one new file with the names of `Reader`, and one entry in `READERS`.
 """
 
 from __future__ import annotations
 
 import os
-from types import ModuleType
+from typing import Protocol
 
+from ..checkpoint import RawCheckpoint
 from ..errors import NotACheckpointError, UnsupportedError
 from . import megatron_torch, megatron_torch_dist
 from .folders import Place, listing, locate
 
-READERS: tuple[ModuleType, ...] = (megatron_torch_dist, megatron_torch)
+
+class Reader(Protocol):
+    """What a module that reads Megatron checkpoints has."""
+
+    NAME: str
+
+    def holds_model(self, folder: str) -> bool:
+        """Whether a folder has this format's files."""
+
+    def open_folder(self, place: Place, skip_keys: frozenset[str] = ...) -> RawCheckpoint:
+        """The metadata of one iteration."""
 
 
-def find(path: str, iteration: int | None = None) -> tuple[ModuleType, Place]:
+READERS: tuple[Reader, ...] = (megatron_torch_dist, megatron_torch)
+
+
+def find(path: str, iteration: int | None = None) -> tuple[Reader, Place]:
     """The reader for a checkpoint, and the folder it should open.
 
     Raises:
@@ -45,6 +58,13 @@ def _recognised(folder: str) -> UnsupportedError | None:
     """A clear refusal for formats that are known by name only."""
     names = set(listing(folder))
     found = None
+    if {".metadata", "common.pt"} <= names and "metadata.json" not in names:
+        return UnsupportedError(
+            f"{folder} is an incomplete torch_dist checkpoint",
+            found=".metadata and common.pt",
+            expected="metadata.json beside them",
+            fix="copy that file again",
+        )
     if "latest" in names and any(n.startswith("global_step") for n in names):
         found = "the root of a DeepSpeed checkpoint"
     elif ".metadata" in names and "metadata.json" not in names:

@@ -21,7 +21,7 @@ from typing import Any
 
 from ..boxes import Ints, tiles
 from ..checkpoint import Layout, RawCheckpoint, Shard
-from ..errors import CorruptError, IncompleteError, SourceError, UnsupportedError
+from ..errors import CorruptError, IncompleteError, SourceError, UnsupportedError, UsageError
 from ..tensors import LazyTensor, Piece
 from .folders import Place
 from .pickles import Record, load_pickle
@@ -65,11 +65,18 @@ def open_folder(place: Place, skip_keys: frozenset[str] = frozenset()) -> RawChe
     entries = metadata.field("state_dict_metadata")
     if not isinstance(entries, dict):
         raise CorruptError(f"{folder}/.metadata lists no tensors")
+    if wanted := sorted(name for name in skip_keys if _MODEL.match(name)):
+        raise UsageError(
+            "--skip-key cannot leave out a part of the model",
+            found=wanted[0],
+            expected="an entry that is no model parameter",
+            fix="leave out that --skip-key",
+        )
     for name, entry in entries.items():
         if not isinstance(name, str):
             raise CorruptError(f"{folder}/.metadata lists tensors without names")
         kind = _STATE.fullmatch(name)
-        if kind or (name in skip_keys and not _MODEL.match(name)):
+        if kind or name in skip_keys:
             dropped[_KINDS[kind.lastgroup or ""] if kind else "skipped"].append(name)
         elif isinstance(entry, Record) and entry.qualified.endswith(".TensorStorageMetadata"):
             tensors.update(_numbered(name, _tensor(folder, name, entry, stored)))

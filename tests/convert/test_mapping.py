@@ -1,13 +1,17 @@
 """The engine on names alone."""
 
+from dataclasses import replace
+
 import pytest
 
 from mtt_convert.architecture import Architecture
+from mtt_convert.dialects import DIALECTS
 from mtt_convert.dtypes import DTYPES
 from mtt_convert.errors import MappingError
 from mtt_convert.families import mtt
 from mtt_convert.mapping import Rule, RuleTable
 from mtt_convert.ops import SplitGated
+from mtt_convert.parameters import expected
 from mtt_convert.tensors import LazyTensor
 
 TINY = Architecture(
@@ -64,12 +68,20 @@ def tensor(*shape: int) -> LazyTensor:
 
 @pytest.mark.parametrize("gated", [False, True])
 def test_every_family_rule_undoes_itself(gated: bool) -> None:
-    architecture = Architecture(
-        **{f: getattr(TINY, f) for f in TINY.__dataclass_fields__} | {"gated_linear_unit": gated}
-    )
-    from mtt_convert.parameters import expected
-
+    architecture = replace(TINY, gated_linear_unit=gated)
     source = {name: tensor(*shape) for name, shape in expected(architecture).items()}
     table = mtt.rules(architecture)
     back = table.inverse.apply(table.apply(source, architecture), architecture)
     assert {n: t.shape for n, t in back.items()} == {n: t.shape for n, t in source.items()}
+
+
+@pytest.mark.parametrize("dialect", sorted(DIALECTS))
+@pytest.mark.parametrize("untied", [False, True])
+def test_every_dialect_can_be_written(dialect: str, untied: bool) -> None:
+    architecture = replace(TINY, untie_embeddings_and_output_weights=untied)
+    names = [
+        name for name in expected(architecture) if "_layernorm." not in name or "final" in name
+    ]
+    table = DIALECTS[dialect]
+    written = [match.targets[0] for match in table.inverse.resolve(names)]
+    assert [match.targets[0] for match in table.resolve(written)] == names
