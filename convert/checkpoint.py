@@ -72,11 +72,15 @@ class RawCheckpoint:
 
 @dataclass(frozen=True, slots=True)
 class Replicas:
-    """Tensors that must hold the same bytes: copies of one parameter on several ranks."""
+    """Tensors that must hold the same bytes: copies of one parameter on several ranks.
+
+    `tied` marks the output layer that the last stage holds as a copy of the embedding.
+    """
 
     name: str
     tensors: tuple[LazyTensor, ...]
     where: tuple[str, ...]
+    tied: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,14 +12,31 @@ import importlib
 import json
 import os
 import shlex
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 from typing import NoReturn
 
 from .errors import MTTError, UsageError
 from .version import __version__
 
-EXIT_DIFFERENT, EXIT_USAGE, EXIT_BUG, EXIT_INTERRUPTED = 1, 2, 70, 130
+EXIT_DIFFERENT, EXIT_BUG, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 70, 130, 143
+_COMMANDS = ("demo", "inspect", "convert", "diff", "verify", "generate")
+_PATHS = {"source": "CKPT", "target": "OUT", "first": "A", "second": "B", "folder": "OUT"}
+MEGATRON_ONLY = (
+    ("--tp", "--tensor-model-parallel-size"),
+    ("--pp", "--pipeline-model-parallel-size"),
+    ("--vpp", "--virtual-pipeline-model-parallel-size"),
+    ("--ep", "--expert-model-parallel-size"),
+    ("--etp", "--expert-tensor-parallel-size"),
+    ("--pipeline-model-parallel-layout",),
+    ("--transformer-impl",),
+    ("--make-vocab-size-divisible-by",),
+)
 _EPILOG = """\
 examples:
   mtt demo                                     see the main job on a tiny model
@@ -36,47 +53,107 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0 done or equal, 1 differences, 2 usage, 3 source, 4 target, 5 network,
-        70 a bug of mtt, 130 interrupted.
+        70 a bug of mtt, 130 interrupted, 143 terminated.
     """
     arguments = sys.argv[1:] if argv is None else list(argv)
-    args = build_parser().parse_args(arguments)
+    args = _before_parsing(arguments)
     try:
-        handler = importlib.import_module(f".commands.{args.command}", __package__)
-        return int(handler.run(args))
+        with _sigterm_interrupts():
+            args = build_parser().parse_args(arguments)
+            _check_paths(args)
+            handler = importlib.import_module(f".commands.{args.command}", __package__)
+            return int(handler.run(args))
     except MTTError as error:
-        return _report(args, error.code, error.message, error, error.exit_code)
-    except KeyboardInterrupt:
+        return _report(args, error.code, error, error.exit_code)
+    except KeyboardInterrupt as stop:
+        message = "interrupted; nothing that looks whole was left"
         again = "mtt " + " ".join(map(shlex.quote, arguments))
-        print(
-            f"\ninterrupted; nothing that looks whole was left\n  again: {again}", file=sys.stderr
-        )
-        return EXIT_INTERRUPTED
+        if getattr(args, "json", False):
+            _print_json_error(args, "interrupted", MTTError(message, fix=f"again: {again}"))
+        print(f"\n{message}\n  again: {printable(again)}", file=sys.stderr)
+        return EXIT_TERMINATED if isinstance(stop, _Terminated) else EXIT_INTERRUPTED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
         message = f"mtt failed: {type(error).__name__}: {error}"
         fix = "this is a bug of mtt: report it with the output of the same command and --debug"
-        return _report(args, "bug", message, MTTError(message, fix=fix), EXIT_BUG)
+        return _report(args, "bug", MTTError(message, fix=fix), EXIT_BUG)
 
 
-def _report(args: argparse.Namespace, code: str, message: str, error: MTTError, exit: int) -> int:
-    if getattr(args, "debug", False):
-        raise
-    details = {"found": error.found, "expected": error.expected, "fix": error.fix}
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM: what an interruption cleans up, it cleans up too."""
+
+
+@contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """Raise `_Terminated` on SIGTERM, unless the program around has a handler of its own."""
+
+    def terminate(number: int, frame: FrameType | None) -> NoReturn:
+        raise _Terminated
+
+    in_main = threading.current_thread() is threading.main_thread()
+    if not in_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _before_parsing(arguments: Sequence[str]) -> argparse.Namespace:
+    """What errors of the parser need to know: whether to print JSON, and for which command."""
+    command = arguments[0] if arguments and arguments[0] in _COMMANDS else None
+    return argparse.Namespace(
+        command=command, json="--json" in arguments, debug="--debug" in arguments
+    )
+
+
+def _check_paths(args: argparse.Namespace) -> None:
+    for name, label in _PATHS.items():
+        if getattr(args, name, None) == "":
+            raise UsageError(f"{label} is empty", expected="a path", fix="give a folder")
+
+
+def printable(text: str, keep: str = "") -> str:
+    """A text without anything a terminal would obey: such characters are shown as escapes.
+
+    Args:
+        text: may hold names from files of strangers, and paths that are no text.
+        keep: characters to leave as they are.
+    """
+    return "".join(
+        c if c in keep or c.isprintable() else c.encode("unicode_escape").decode() for c in text
+    )
+
+
+def _report(args: argparse.Namespace, code: str, error: MTTError, exit: int) -> int:
+    """Print the error that is being handled."""
+    if args.debug:
+        traceback.print_exc()
     if getattr(args, "json", False):
-        body = {"schema": 1, "command": args.command, "status": "error", "code": code}
-        print(json.dumps({**body, "message": message, **details}))
-    print(f"error: {error}", file=sys.stderr)
+        _print_json_error(args, code, error)
+    details = {name: value and printable(value) for name, value in _details(error).items()}
+    print(f"error: {MTTError(printable(error.message), **details)}", file=sys.stderr)
     return exit
+
+
+def _print_json_error(args: argparse.Namespace, code: str, error: MTTError) -> None:
+    body = {"schema": 1, "command": args.command, "status": "error", "code": code}
+    print(json.dumps({**body, "message": error.message, **_details(error)}))
+
+
+def _details(error: MTTError) -> dict[str, str | None]:
+    return {"found": error.found, "expected": error.expected, "fix": error.fix}
 
 
 class _Parser(argparse.ArgumentParser):
     """Errors in the shape all errors of mtt have."""
 
     def error(self, message: str) -> NoReturn:
-        print(f"error: {message}\n  fix:      see {self.prog} --help", file=sys.stderr)
-        raise SystemExit(EXIT_USAGE)
+        raise UsageError(message, fix=f"see {self.prog} --help")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -155,6 +232,9 @@ def _demo(commands: argparse._SubParsersAction[_Parser]) -> None:
         "mtt demo --output sample-hf     keep the converted folder",
     )
     parser.add_argument("--output", metavar="OUT", help="keep the converted folder here")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace an earlier conversion in OUT"
+    )
 
 
 def _inspect(commands: argparse._SubParsersAction[_Parser]) -> None:
@@ -224,6 +304,8 @@ def _convert(commands: argparse._SubParsersAction[_Parser]) -> None:
         "--overwrite", action="store_true", help="replace an earlier conversion in OUT"
     )
     parser.add_argument("--dry-run", action="store_true", help="print the plan and write nothing")
+    for options in MEGATRON_ONLY:  # to be refused with a reason
+        parser.add_argument(*options, help=argparse.SUPPRESS)
     _add_source_options(parser)
     _add_json(parser)
 
@@ -304,22 +386,35 @@ def overrides(args: argparse.Namespace) -> dict[str, object]:
         UsageError: something is not NAME=VALUE, or the file is no JSON object.
     """
     values: dict[str, object] = {}
-    if args.config:
-        try:
-            with open(args.config, encoding="utf-8") as file:
-                values.update(json.load(file))
-        except (OSError, ValueError, TypeError) as error:
-            raise UsageError(
-                f"{args.config} cannot be used",
-                found=str(error),
-                expected="a JSON object of Megatron arguments",
-            ) from error
+    if args.config is not None:
+        values.update({_name(name): value for name, value in _config(args.config).items()})
     for text in args.set:
         name, equals, value = text.partition("=")
         if not name or not equals:
             raise UsageError(f"--set {text} is not understood", expected="--set NAME=VALUE")
-        values[name.strip().lstrip("-").replace("-", "_")] = _value(value)
+        values[_name(name)] = _value(value)
     return values
+
+
+def _config(path: str) -> dict[str, object]:
+    found = "text that is no JSON object"
+    try:
+        with open(path, encoding="utf-8") as file:
+            values = json.load(file)
+        if isinstance(values, dict):
+            return values
+    except (OSError, ValueError, RecursionError) as error:
+        found = str(error)
+    raise UsageError(
+        f"{path} cannot be used",
+        found=found,
+        expected="a JSON object of Megatron arguments",
+    )
+
+
+def _name(text: str) -> str:
+    """The name of an argument, however it was spelled: `--hidden-size` is `hidden_size`."""
+    return text.strip().lstrip("-").replace("-", "_")
 
 
 def _value(text: str) -> object:
@@ -328,5 +423,5 @@ def _value(text: str) -> object:
         return words[text.lower()]
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return text

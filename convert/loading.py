@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 import os
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from . import replicas
 from .documents import generation_config, special_tokens
-from .errors import MTTError
-from .execute import Progress, check_replicas, run
+from .errors import MTTError, UsageError
+from .execute import Progress, run
 from .hf_folder import plan_conversion
 from .pipeline import open_checkpoint
 from .plan import PlannedFile, PlannedTensor
-from .reading import FileReader
 
 if TYPE_CHECKING:
     import torch
 
     from modeling_mtt import MTTForCausalLM
+
+_LOGGER = logging.getLogger(__name__)
 
 
 class TensorSink:
@@ -62,6 +66,7 @@ def from_megatron(
     dtype: str = "auto",
     vocab_padding: str | None = None,
     tokenizer: str | None = None,
+    replicated: str = "error",
     num_workers: int = 1,
     progress: Progress | None = None,
     **kwargs: Any,
@@ -71,26 +76,39 @@ def from_megatron(
     Args:
         path: see `open_checkpoint`, with `iteration`, `overrides` and `skip_keys`.
         dtype, vocab_padding, tokenizer: see `plan_conversion`.
+        replicated: `error` if ranks hold different copies of a parameter, or take the `first`
+            rank's and log a warning.
         num_workers: threads that read.
         progress: called with (bytes done, bytes in all).
         kwargs: fields of `MTTConfig` to replace, or `attn_implementation`.
 
     Raises:
         SourceError, UsageError: see `open_checkpoint` and `plan_conversion`.
+        TypeError: a keyword is no field of `MTTConfig`.
     """
     from accelerate import init_empty_weights
     from transformers import GenerationConfig
 
     from modeling_mtt import MTTConfig, MTTForCausalLM
 
+    known = {field.name for field in dataclasses.fields(MTTConfig)} | {"attn_implementation"}
+    if unknown := sorted(set(kwargs) - known):
+        raise TypeError(f"from_megatron() got unexpected keywords: {', '.join(unknown)}")
+    if num_workers < 1:
+        raise UsageError("no workers", found=str(num_workers), expected="at least 1")
+    if replicated not in replicas.POLICIES:
+        raise UsageError(
+            f"unknown way to treat replicated tensors {replicated!r}",
+            expected=" or ".join(replicas.POLICIES),
+        )
     checkpoint = open_checkpoint(
         path, iteration=iteration, overrides=overrides, skip_keys=skip_keys
     )
     conversion = plan_conversion(
         checkpoint, dtype=dtype, vocab_padding=vocab_padding, tokenizer=tokenizer
     )
-    with FileReader() as reader:
-        check_replicas(conversion.plan.replicas, reader)
+    for warning in replicas.compare(conversion.plan.replicas, replicated):
+        _LOGGER.warning(warning)
     sink = TensorSink()
     run(conversion.plan, sink, num_workers=num_workers, algorithm="none", progress=progress)
     ids = special_tokens(conversion.tokenizer)

@@ -16,7 +16,7 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from . import dialects, formats, parameters, topology
+from . import dialects, formats, parameters, replicas, topology
 from .architecture import Architecture
 from .arguments import (
     architecture_from_args,
@@ -29,11 +29,10 @@ from .documents import (
     source_facts,
 )
 from .errors import InconsistentError, UnsupportedError, UsageError
-from .execute import Progress, check_replicas, run
+from .execute import Progress, run
 from .hf_folder import Conversion, plan_conversion
 from .manifest import ALGORITHMS
 from .mapping import shorten
-from .reading import FileReader
 from .target import FolderSink
 
 
@@ -63,7 +62,7 @@ def open_checkpoint(
     held = topology.holders(topology.number_layers(shards))
     shapes = topology.joined_shapes(held, tp)
     architecture = _architecture(raw, shapes, overrides or {}, legacy=dialect == "legacy")
-    tensors, replicas = topology.join(held, tp, architecture)
+    tensors, copies = topology.join(held, tp, architecture)
     parameters.check_complete({n: t.shape for n, t in tensors.items()}, architecture)
     tied = topology.TIED_HEAD in held and topology.TIED_HEAD not in tensors
     dropped = dict(raw.dropped) | ({"tied copy": (topology.TIED_HEAD,)} if tied else {})
@@ -76,7 +75,7 @@ def open_checkpoint(
         tensors={name: tensors[name] for name in parameters.expected(architecture)},
         iteration=raw.iteration,
         args=raw.args or {},
-        replicas=replicas,
+        replicas=copies,
         dropped=dropped,
         warnings=(*_unknown_arguments(raw), *low_precision(raw.args or {})),
         evidence=(*raw.evidence, f"parameter names are those of {dialect}"),
@@ -191,14 +190,11 @@ def convert(
     """
     source, target = os.fspath(source), os.fspath(target)
     _check_choice("target format", to, ("hf",))
-    _check_choice("way to treat replicated tensors", replicated, ("error", "first"))
+    _check_choice("way to treat replicated tensors", replicated, replicas.POLICIES)
     _check_choice("hash", hash_name, tuple(ALGORITHMS))
     if num_workers < 1:
         raise UsageError("no workers", found=str(num_workers), expected="at least 1")
-    if _inside(target, source):
-        raise UsageError(
-            "the output would stand inside the checkpoint", found=target, expected="another folder"
-        )
+    check_target(source, target)
     checkpoint = open_checkpoint(
         source, iteration=iteration, overrides=overrides, skip_keys=skip_keys
     )
@@ -215,9 +211,7 @@ def convert(
         target, conversion.plan, source_facts(checkpoint), algorithm, overwrite=overwrite
     )
     with sink:
-        if replicated == "error":
-            with FileReader() as reader:
-                check_replicas(conversion.plan.replicas, reader)
+        differences = replicas.compare(conversion.plan.replicas, replicated)
         run(
             conversion.plan,
             sink,
@@ -227,7 +221,34 @@ def convert(
         )
         sink.finish()
     hashes = {name: file["tensors"] for name, file in sink.manifest["files"].items()}
+    conversion = replace(conversion, warnings=(*conversion.warnings, *differences))
     return Result(sink.folder, conversion, hashes)
+
+
+def check_target(source: str, target: str) -> None:
+    """What can be said about a target before it is touched.
+
+    Raises:
+        UsageError: it is empty, remote, or inside the source.
+    """
+    if not source or not target:
+        raise UsageError(
+            "a path is empty", found=f"{source!r} and {target!r}", expected="two folders"
+        )
+    if "://" in target:
+        raise UsageError(
+            "mtt cannot upload yet",
+            found=target,
+            expected="a folder",
+            fix="convert to a folder, then upload it with hf upload",
+        )
+    if _inside(target, source):
+        raise UsageError(
+            "the output would stand inside the checkpoint",
+            found=target,
+            expected="a folder outside of it",
+            fix="choose another folder",
+        )
 
 
 def _check_choice(what: str, value: str, choices: tuple[str, ...]) -> None:

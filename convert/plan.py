@@ -7,6 +7,8 @@ tensors are laid out in files; `render` prints a plan for `--dry-run`.
 from __future__ import annotations
 
 import json
+import math
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +19,7 @@ from .errors import UsageError
 from .tensors import LazyTensor
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_MOST_SOURCES = 4
 _BINARY_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -89,29 +92,42 @@ def parse_size(text: str) -> int:
     """
     hit = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
     unit = hit[2].upper() if hit else ""
-    if not hit or (hit[3] and not unit) or float(hit[1]) <= 0:
+    factor = (_BINARY_UNITS if hit and hit[3] else _UNITS).get(unit)
+    size = float(hit[1]) * factor if hit and factor else 0.0
+    if not 1 <= size < math.inf:
         raise UsageError(f"{text!r} is no size", expected="a size like 5GB, 500MB or 2GiB")
-    factor = _BINARY_UNITS[unit] if hit[3] else _UNITS[unit]
-    return int(float(hit[1]) * factor)
+    return int(size)
 
 
 def document(value: object) -> bytes:
-    """A JSON document as it is written: two spaces, keys in order, a newline at the end."""
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+    """A JSON document as it is written: two spaces, keys in order, a newline at the end.
+
+    Names of files that are no text get JSON's escapes.
+    """
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    return text.encode(errors="backslashreplace")
 
 
-def render(plan: ConversionPlan) -> str:
-    """The plan as text: a line per file and per tensor, with its sources."""
+def render(plan: ConversionPlan, folder: str) -> str:
+    """The plan as text: a line per file and per tensor, with its sources.
+
+    Args:
+        plan: what would be written.
+        folder: the checkpoint's; sources are named as seen from there.
+    """
     lines = []
     for file in plan.files:
         lines.append(f"{file.name}  {file.num_bytes:,} bytes  {len(file.tensors)} tensors")
         for tensor in file.tensors:
             cast = "" if tensor.dtype == tensor.source.dtype else f" from {tensor.source.dtype}"
-            sources = len({piece.path for piece in tensor.source.pieces})
+            paths = sorted(
+                {os.path.relpath(p.path, folder) for p in tensor.source.pieces if p.path}
+            )
+            more = f" and {len(paths) - _MOST_SOURCES} more" if len(paths) > _MOST_SOURCES else ""
             shape = " x ".join(map(str, tensor.source.shape))
             lines.append(
                 f"  {tensor.name}  {tensor.dtype}{cast}  [{shape}]  "
-                f"{len(tensor.source.pieces)} pieces of {sources} files"
+                f"{len(tensor.source.pieces)} pieces of {', '.join(paths[:_MOST_SOURCES])}{more}"
             )
     lines += [f"{name}  {len(data):,} bytes" for name, data in plan.documents.items()]
     lines.append(f"to compare first: {len(plan.replicas)} parameters that ranks hold copies of")

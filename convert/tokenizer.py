@@ -72,6 +72,7 @@ def read_tokenizer(path: str) -> Tokenizer:
         f"{path} is a tokenizer mtt cannot write yet",
         found=name,
         expected="a folder, a vocab.json beside its merges.txt, or a tokenizer.json",
+        fix="give its Hugging Face files with --tokenizer PATH, or --tokenizer none",
     )
 
 
@@ -86,7 +87,7 @@ def _bytes(path: str) -> bytes:
 def _json(data: bytes, name: str) -> dict[str, object]:
     try:
         value = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise SourceError(f"{name} is no readable JSON", found=str(error)) from error
     if not isinstance(value, dict):
         raise SourceError(f"{name} is no JSON object", found=type(value).__name__)
@@ -106,7 +107,7 @@ def _from_folder(path: str) -> Tokenizer:
     config = _json(files["tokenizer_config.json"], "tokenizer_config.json")
     ids = _token_ids(files)
     special = {
-        kind: ids.get(_content(config.get(f"{kind}_token"))) for kind in ("bos", "eos", "pad")
+        kind: ids.get(_content(config.get(f"{kind}_token"), kind)) for kind in ("bos", "eos", "pad")
     }
     return Tokenizer(
         files,
@@ -152,7 +153,11 @@ def _from_vocab(path: str) -> Tokenizer:
 
 
 def _find(folder: str, ending: str) -> str:
-    found = sorted(n for n in os.listdir(folder or ".") if n.endswith(ending))
+    try:
+        names = os.listdir(folder or ".")
+    except OSError as error:
+        raise SourceError(f"{folder} cannot be read", found=str(error)) from error
+    found = sorted(name for name in names if name.endswith(ending))
     if not found:
         raise UsageError(
             f"there is no tokenizer in {folder or '.'}",
@@ -166,24 +171,62 @@ def _token_ids(files: Mapping[str, bytes]) -> dict[str, int]:
     """Token -> id as the fast or the slow files say."""
     ids: dict[str, object] = {}
     if "tokenizer.json" in files:
-        fast = _json(files["tokenizer.json"], "tokenizer.json")
-        model, added = fast.get("model"), fast.get("added_tokens")
-        vocab = model.get("vocab") if isinstance(model, dict) else None
-        if isinstance(vocab, dict):
-            ids |= vocab
-        elif isinstance(vocab, list):
-            ids |= {str(item[0]): number for number, item in enumerate(vocab)}
-        for token in added if isinstance(added, list) else ():
-            ids[token["content"]] = token["id"]
+        name = "tokenizer.json"
+        fast = _json(files[name], name)
+        model = fast.get("model")
+        ids |= _vocabulary(model.get("vocab") if isinstance(model, dict) else None)
+        added = fast.get("added_tokens") or []
+        tokens: list[object] = added if isinstance(added, list) else [added]
+        for token in tokens:
+            content = token.get("content") if isinstance(token, dict) else None
+            if not isinstance(token, dict) or not isinstance(content, str):
+                raise _damaged(
+                    name, f"an added token {_short(token)}", "tokens with id and content"
+                )
+            ids[content] = token.get("id")
     elif "vocab.json" in files:
-        ids |= _json(files["vocab.json"], "vocab.json")
+        name = "vocab.json"
+        ids |= _json(files[name], name)
         if "added_tokens.json" in files:
             ids |= _json(files["added_tokens.json"], "added_tokens.json")
-    return {token: number for token, number in ids.items() if type(number) is int}
+    return {token: _number(token, number, name) for token, number in ids.items()}
 
 
-def _content(token: object) -> str:
-    """A special token's text: a string, or an AddedToken as JSON."""
-    if isinstance(token, dict):
-        token = token.get("content")
-    return token if isinstance(token, str) else ""
+def _vocabulary(vocab: object) -> dict[str, object]:
+    """The vocabulary of a tokenizer.json: an object, or a list of tokens with their scores."""
+    if vocab is None or isinstance(vocab, dict):
+        return vocab or {}
+    if not isinstance(vocab, list):
+        raise _damaged("tokenizer.json", f"a vocabulary {_short(vocab)}", "an object or a list")
+    for item in vocab:
+        if not (isinstance(item, list) and item and isinstance(item[0], str)):
+            raise _damaged("tokenizer.json", f"a token {_short(item)}", "a text and its score")
+    return {item[0]: number for number, item in enumerate(vocab)}
+
+
+def _number(token: str, number: object, name: str) -> int:
+    if type(number) is not int or number < 0:
+        raise _damaged(name, f"{_short(token)}: {_short(number)}", "a number for each token")
+    return number
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _damaged(name: str, found: str, expected: str) -> SourceError:
+    return SourceError(
+        f"{name} is no tokenizer",
+        found=found,
+        expected=expected,
+        fix="copy it again, or give another with --tokenizer PATH",
+    )
+
+
+def _content(token: object, kind: str) -> str:
+    """A special token's text: a string, or an AddedToken as JSON; empty if there is none."""
+    text = token.get("content") if isinstance(token, dict) else token
+    if text is None or text is False or isinstance(text, str):
+        return text or ""
+    raise _damaged("tokenizer_config.json", f"{kind}_token {_short(token)}", "a text")

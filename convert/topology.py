@@ -128,7 +128,7 @@ def join(
         head = tensors.pop(TIED_HEAD)
         if _EMBEDDING in tensors:
             places = (held[_EMBEDDING][0].where, held[TIED_HEAD][0].where)
-            replicas.append(Replicas("the tied output layer", (tensors[_EMBEDDING], head), places))
+            replicas.append(Replicas(TIED_HEAD, (tensors[_EMBEDDING], head), places, tied=True))
     return tensors, tuple(replicas)
 
 

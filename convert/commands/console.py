@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
+from ..cli import printable
 from ..execute import Progress
 
 _LINE_EVERY_SECONDS = 30.0
@@ -18,7 +19,7 @@ _LINE_EVERY_SECONDS = 30.0
 @contextmanager
 def progress_bar(label: str) -> Iterator[Progress]:
     """A bar of bytes on a terminal, a line every 30 seconds elsewhere, on stderr."""
-    if os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS", "").lower() in ("1", "true", "yes", "on"):
+    if _no_bars():
         yield lambda done, total: None
     elif sys.stderr.isatty():
         from tqdm import tqdm
@@ -36,6 +37,19 @@ def progress_bar(label: str) -> Iterator[Progress]:
             yield update
     else:
         yield _Lines(label)
+
+
+def _no_bars() -> bool:
+    value = os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS", "")
+    return value.lower() in ("1", "true", "yes", "on")
+
+
+def quiet_transformers() -> None:
+    """Keep bars of transformers out of logs, and away from who wants none."""
+    if _no_bars() or not sys.stderr.isatty():
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
 
 
 class _Lines:
@@ -68,25 +82,54 @@ def size(num_bytes: float) -> str:
 
 def peak_rss() -> int:
     """The largest resident size of this process so far, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def print_json(command: str, status: str, body: Mapping[str, object]) -> None:
-    """The one JSON object of a command."""
-    print(json.dumps({"schema": 1, "command": command, "status": status, **body}, default=str))
+def print_json(command: str, status: str, start: float, body: Mapping[str, object]) -> None:
+    """The one JSON object of a command.
+
+    Args:
+        command: its name.
+        status: how it ended.
+        start: `time.monotonic()` when it began.
+        body: what it has to say; the names all commands share are null or empty where absent.
+    """
+    shared = {
+        "schema": 1,
+        "command": command,
+        "status": status,
+        "source": None,
+        "output": None,
+        "tensors": None,
+        "bytes": None,
+        "dropped": {},
+        "warnings": [],
+        "hashes": {},
+        "seconds": time.monotonic() - start,
+        "peak_rss": peak_rss(),
+    }
+    print(json.dumps({**shared, **body}, default=str))
+
+
+def say(text: str, keep: str = "") -> None:
+    """A line on stdout, whatever names are in it."""
+    text = printable(text, keep)
+    encoding = sys.stdout.encoding or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding))
 
 
 def print_table(rows: Iterable[tuple[str, object]]) -> None:
     """Label and value, a line each; empty values are left out."""
     for label, value in rows:
         if value not in (None, "", ()):
-            print(f"  {label:<12} {value}")
+            say(f"  {label:<12} {value}")
 
 
 def print_warnings(warnings: Iterable[str]) -> None:
     """Warnings, on stderr."""
     for warning in warnings:
-        print(f"warning: {warning}", file=sys.stderr)
+        print(f"warning: {printable(warning)}", file=sys.stderr)
 
 
 def dropped_text(dropped: Mapping[str, tuple[str, ...]]) -> str:

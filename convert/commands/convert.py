@@ -6,17 +6,19 @@ import argparse
 import os
 import time
 
-from ..cli import overrides
+from ..cli import MEGATRON_ONLY, overrides
+from ..errors import UsageError
 from ..hf_folder import Conversion, plan_conversion
-from ..pipeline import convert, open_checkpoint
+from ..pipeline import check_target, convert, open_checkpoint
 from ..plan import render
+from ..reading import window_size
 from .console import (
     dropped_text,
-    peak_rss,
     print_json,
     print_table,
     print_warnings,
     progress_bar,
+    say,
     size,
 )
 
@@ -25,6 +27,9 @@ _MOST_DEFAULT_WORKERS = 8
 
 def run(args: argparse.Namespace) -> int:
     """Convert, or print the plan."""
+    start = time.monotonic()
+    workers = default_workers() if args.workers is None else args.workers
+    _check(args, workers)
     choices = {
         "model_type": args.model_type,
         "dtype": args.dtype,
@@ -39,16 +44,15 @@ def run(args: argparse.Namespace) -> int:
     }
     if args.dry_run:
         checkpoint = open_checkpoint(args.source, **source)
-        _print_plan(args, plan_conversion(checkpoint, **choices))
+        _print_plan(args, plan_conversion(checkpoint, **choices), workers, start)
         return 0
-    start = time.monotonic()
     with progress_bar("converting") as progress:
         result = convert(
             args.source,
             args.target,
             to=args.to,
             replicated=args.replicated,
-            num_workers=default_workers() if args.workers is None else args.workers,
+            num_workers=workers,
             overwrite=args.overwrite,
             hash_name=args.hash,
             progress=progress,
@@ -59,11 +63,12 @@ def run(args: argparse.Namespace) -> int:
     conversion, plan = result.conversion, result.conversion.plan
     if args.json:
         body = _body(args, conversion)
-        body |= {"output": result.output, "hashes": result.hashes}
-        print_json("convert", "ok", body | {"seconds": seconds, "peak_rss": peak_rss()})
+        print_json(
+            "convert", "ok", start, body | {"output": result.output, "hashes": result.hashes}
+        )
         return 0
     checkpoint = conversion.checkpoint
-    print(result.output)
+    say(result.output)
     rate = f"{size(plan.num_bytes)} in {seconds:.1f} s, {size(plan.num_bytes / seconds)}/s"
     print_table(
         (
@@ -80,7 +85,35 @@ def run(args: argparse.Namespace) -> int:
 
 def default_workers() -> int:
     """Threads to use when the user does not say."""
-    return max(1, min(_MOST_DEFAULT_WORKERS, len(os.sched_getaffinity(0))))
+    if hasattr(os, "sched_getaffinity"):
+        count = len(os.sched_getaffinity(0))
+    else:  # macOS
+        count = os.cpu_count() or 1
+    return max(1, min(_MOST_DEFAULT_WORKERS, count))
+
+
+def _check(args: argparse.Namespace, workers: int) -> None:
+    """What is wrong whatever the checkpoint is."""
+    check_target(args.source, args.target)
+    given = [
+        words[0]
+        for words in MEGATRON_ONLY
+        if getattr(args, words[0].lstrip("-").replace("-", "_")) is not None
+    ]
+    if given:
+        raise UsageError(
+            f"{', '.join(given)}: a layout is only for a Megatron target",
+            found=f"--to {args.to}",
+            expected="a Hugging Face folder has no layout",
+            fix=f"leave out {', '.join(given)}",
+        )
+    if workers < 1:
+        raise UsageError(
+            "no workers",
+            found=f"--workers {workers}",
+            expected="at least 1",
+            fix="leave out --workers to use the CPUs there are",
+        )
 
 
 def _body(args: argparse.Namespace, conversion: Conversion) -> dict[str, object]:
@@ -91,18 +124,26 @@ def _body(args: argparse.Namespace, conversion: Conversion) -> dict[str, object]
         "bytes": conversion.plan.num_bytes,
         "dropped": {kind: list(names) for kind, names in conversion.checkpoint.dropped.items()},
         "warnings": list(conversion.warnings),
-        "hashes": {},
     }
 
 
-def _print_plan(args: argparse.Namespace, conversion: Conversion) -> None:
+def _print_plan(
+    args: argparse.Namespace, conversion: Conversion, workers: int, start: float
+) -> None:
+    plan = conversion.plan
+    sources = [tensor.source for file in plan.files for tensor in file.tensors]
+    windows = [min(window_size(source), source.num_bytes) for source in sources]
+    memory = 2 * workers * max(windows, default=0)
     if args.json:
         files = {
             file.name: {t.name: [str(t.dtype), list(t.source.shape)] for t in file.tensors}
-            for file in conversion.plan.files
+            for file in plan.files
         }
-        print_json("convert", "planned", _body(args, conversion) | {"files": files})
+        body = _body(args, conversion) | {"files": files, "memory": memory}
+        print_json("convert", "planned", start, body)
         return
-    print(render(conversion.plan))
-    print(f"{size(conversion.plan.num_bytes)} would be written to {args.target}")
+    for line in render(plan, conversion.checkpoint.folder).splitlines():
+        say(line)
+    say(f"about {size(memory)} of memory for the windows of {workers} workers")
+    say(f"{size(plan.num_bytes)} would be written to {args.target}")
     print_warnings(conversion.warnings)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import tempfile
 from importlib.resources import as_file, files
 
@@ -12,6 +13,7 @@ from ..cli import EXIT_DIFFERENT, build_parser
 from ..logits import compare_logits, load_model
 from ..tokenizer import read_tokenizer
 from . import convert, diff, inspect, verify
+from .console import quiet_transformers, say
 from .generate import generate, load_tokenizer
 
 _TOLERANCE = 1e-4
@@ -19,23 +21,24 @@ _TOLERANCE = 1e-4
 
 def run(args: argparse.Namespace) -> int:
     """Inspect, convert, compare, load, generate; 1 if any step gives the wrong result."""
+    quiet_transformers()
     with (
         as_file(files("mtt_convert") / "sample") as sample,
         tempfile.TemporaryDirectory() as scratch,
     ):
         output = args.output or os.path.join(scratch, "sample-hf")
-        return _steps(str(sample), output)
+        return _steps(str(sample), output, args.overwrite)
 
 
-def _steps(sample: str, output: str) -> int:
+def _steps(sample: str, output: str, overwrite: bool) -> int:
     print("A tiny GPT in four Megatron shards (TP2 x PP2) becomes a Hugging Face model.\n")
     for handler, words in (
         (inspect, ["inspect", sample]),
-        (convert, ["convert", sample, output]),
+        (convert, ["convert", sample, output, *(["--overwrite"] if overwrite else [])]),
         (verify, ["verify", output]),
         (diff, ["diff", sample, output]),
     ):
-        print(f"$ mtt {' '.join(words)}")
+        say(f"$ mtt {' '.join(map(shlex.quote, words))}")
         status: int = handler.run(build_parser().parse_args(words))
         if status:
             return status

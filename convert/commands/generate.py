@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 import tempfile
+import time
 from typing import TYPE_CHECKING
 
 from ..cli import overrides
-from ..errors import UsageError
+from ..errors import SourceError, UsageError
 from ..formats import hf_safetensors
 from ..hf_folder import plan_conversion
 from ..loading import from_megatron
-from ..logits import load_model
+from ..logits import load_model, position_limit
 from ..pipeline import open_checkpoint
 from ..tokenizer import Tokenizer, read_tokenizer
-from .console import print_json, progress_bar
+from .console import print_json, print_warnings, progress_bar, quiet_transformers, say
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -23,20 +25,65 @@ if TYPE_CHECKING:
 
 def run(args: argparse.Namespace) -> int:
     """Load, generate, print."""
-    if args.max_new_tokens < 1 or args.temperature < 0:
+    start = time.monotonic()
+    _check(args)
+    quiet_transformers()
+    tokenizer = load_tokenizer(_tokenizer_files(args))
+    model = _model(args)
+    length = len(_ids(model, tokenizer, args.prompt))
+    room = _positions(model) - length + 1
+    warnings = []
+    if args.max_new_tokens > room:
+        warnings.append(f"the model has positions for {room} tokens after the prompt, not more")
+    count = min(args.max_new_tokens, room)
+    text = generate(model, tokenizer, args.prompt, count, args.temperature, args.seed)
+    if args.json:
+        body = {"source": args.source, "prompt": args.prompt, "text": text, "warnings": warnings}
+        print_json("generate", "ok", start, body)
+    else:
+        say(text, keep="\n\t")
+        print_warnings(warnings)
+    return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    """What is wrong whatever the model is."""
+    if args.max_new_tokens < 1 or not 0 <= args.temperature < float("inf"):
         raise UsageError(
             "nothing to generate",
             found=f"--max-new-tokens {args.max_new_tokens}, --temperature {args.temperature}",
             expected="at least one token and a temperature of 0 or more",
         )
-    tokenizer = load_tokenizer(_tokenizer_files(args))
-    model = _model(args)
-    text = generate(model, tokenizer, args.prompt, args.max_new_tokens, args.temperature, args.seed)
-    if args.json:
-        print_json("generate", "ok", {"source": args.source, "prompt": args.prompt, "text": text})
-    else:
-        print(text)
-    return 0
+    if not -(2**63) <= args.seed < 2**63:
+        raise UsageError("--seed is too large", found=str(args.seed), expected="64 bits")
+    if not args.prompt or not _is_text(args.prompt):
+        raise UsageError(
+            "there is no text to continue",
+            found="an empty prompt" if not args.prompt else "a prompt that is no text",
+            expected="at least one word",
+            fix='--prompt "Once upon a time"',
+        )
+    choices = {
+        "--iteration": args.iteration is not None,
+        "--set": args.set,
+        "--config": args.config is not None,
+        "--skip-key": args.skip_key,
+    }
+    given = [name for name, value in choices.items() if value]
+    if given and _is_converted(args.source):
+        raise UsageError(
+            f"{', '.join(given)}: only for a Megatron checkpoint",
+            found=f"{args.source}, a converted folder",
+            fix=f"leave out {', '.join(given)}, or give the checkpoint",
+        )
+
+
+def _is_text(text: str) -> bool:
+    """Whether the shell gave something that can be encoded."""
+    try:
+        return bool(text.encode())
+    except UnicodeEncodeError:
+        return False
 
 
 def generate(
@@ -47,9 +94,14 @@ def generate(
     temperature: float = 0.0,
     seed: int = 0,
 ) -> str:
-    """The prompt and its continuation."""
+    """The prompt and its continuation.
+
+    Raises:
+        UsageError: the prompt is nothing this model can read.
+    """
     import torch
 
+    _ids(model, tokenizer, prompt)
     torch.manual_seed(seed)
     inputs = tokenizer(prompt, return_tensors="pt")
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {}
@@ -61,15 +113,56 @@ def generate(
     return text
 
 
+def _ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    """The prompt's token numbers, all of them within the model."""
+    ids: list[int] = tokenizer(prompt, verbose=False)["input_ids"]
+    rows = model.config.vocab_size
+    if not ids or max(ids) >= rows:
+        raise UsageError(
+            "the tokenizer does not belong to this model",
+            found=f"token {max(ids)}" if ids else "no tokens in the prompt",
+            expected=f"tokens 0 to {rows - 1}",
+            fix="give the tokenizer the model was trained with: --tokenizer PATH",
+        )
+    if len(ids) > _positions(model):
+        raise UsageError(
+            "the prompt is too long for this model",
+            found=f"{len(ids)} tokens",
+            expected=f"at most {model.config.max_position_embeddings}",
+            fix="give a shorter prompt",
+        )
+    return ids
+
+
+def _positions(model: PreTrainedModel) -> int:
+    """How many tokens the model can number; rotary positions go on for ever."""
+    limit = position_limit(model)
+    return sys.maxsize if limit is None else limit
+
+
 def load_tokenizer(files: Tokenizer) -> PreTrainedTokenizerBase:
-    """A tokenizer object from its files."""
+    """A tokenizer object from its files.
+
+    Raises:
+        SourceError: transformers cannot load it.
+    """
     from transformers import AutoTokenizer
 
     with tempfile.TemporaryDirectory() as folder:
         for name, data in files.files.items():
             with open(os.path.join(folder, name), "wb") as file:
                 file.write(data)
-        return AutoTokenizer.from_pretrained(folder)
+        try:
+            return AutoTokenizer.from_pretrained(
+                folder, trust_remote_code=False, local_files_only=True
+            )
+        except Exception as error:  # whatever a tokenizer's own code raises
+            raise SourceError(
+                "the tokenizer cannot be loaded",
+                found=str(error) or type(error).__name__,
+                expected="files that AutoTokenizer reads",
+                fix="give another with --tokenizer PATH",
+            ) from error
 
 
 def _tokenizer_files(args: argparse.Namespace) -> Tokenizer:

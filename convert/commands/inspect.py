@@ -3,25 +3,34 @@
 from __future__ import annotations
 
 import argparse
+import time
 from collections import Counter
 from dataclasses import asdict
 
 from ..checkpoint import Checkpoint
 from ..cli import overrides
+from ..errors import SourceError
+from ..formats import hf_safetensors
 from ..pipeline import open_checkpoint
-from .console import dropped_text, print_json, print_table, print_warnings, size
+from .console import dropped_text, print_json, print_table, print_warnings, say, size
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the facts of one checkpoint."""
-    checkpoint = open_checkpoint(
-        args.source,
-        iteration=args.iteration,
-        overrides=overrides(args),
-        skip_keys=args.skip_key,
-    )
+    start = time.monotonic()
+    try:
+        checkpoint = open_checkpoint(
+            args.source,
+            iteration=args.iteration,
+            overrides=overrides(args),
+            skip_keys=args.skip_key,
+        )
+    except SourceError as error:
+        if error.fix is None and hf_safetensors.holds_model(args.source):
+            error.fix = "give the checkpoint it was made from; for the folder: mtt verify or diff"
+        raise
     if args.json:
-        print_json("inspect", "ok", _facts(checkpoint))
+        print_json("inspect", "ok", start, _facts(checkpoint))
     else:
         _print(checkpoint)
         print_warnings(checkpoint.warnings)
@@ -55,7 +64,7 @@ def _print(checkpoint: Checkpoint) -> None:
     true_size = a.vocab_size or "true size unknown"
     iteration = "release" if checkpoint.iteration is None else checkpoint.iteration
     others = [n for n in checkpoint.iterations if n != checkpoint.iteration]
-    print(checkpoint.folder)
+    say(checkpoint.folder)
     print_table(
         (
             ("format", f"{checkpoint.format} ({'; '.join(checkpoint.evidence)})"),

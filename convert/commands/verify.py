@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import time
 
 from ..cli import EXIT_DIFFERENT
 from ..comparing import verify
-from .console import print_json, print_warnings, progress_bar, size
+from .console import (
+    print_json,
+    print_warnings,
+    progress_bar,
+    quiet_transformers,
+    say,
+    size,
+)
 
 
 def run(args: argparse.Namespace) -> int:
     """Check hashes, and logits if asked; 0 if all is well, 1 if not."""
+    start = time.monotonic()
     with progress_bar("verifying") as progress:
         result = verify(args.folder, progress=progress)
     problems = list(result.problems)
@@ -18,6 +27,7 @@ def run(args: argparse.Namespace) -> int:
     if args.logits and not problems:
         from ..logits import compare_logits
 
+        quiet_transformers()
         difference = compare_logits(args.folder, args.logits)
         if not difference <= args.tolerance:
             problems.append(
@@ -32,11 +42,11 @@ def run(args: argparse.Namespace) -> int:
             "warnings": list(result.warnings),
             "logits_difference": difference,
         }
-        print_json("verify", "different" if problems else "ok", body)
+        print_json("verify", "different" if problems else "ok", start, body)
         return EXIT_DIFFERENT if problems else 0
     print_warnings(result.warnings)
     for problem in problems:
-        print(problem)
+        say(problem)
     if difference is not None:
         print(f"logits: largest difference {difference:.3g}")
     verdict = f"{len(problems)} problems" if problems else "as written"

@@ -13,13 +13,7 @@ from ..mapping import Rule, RuleTable
 _EMBEDDINGS = ("embedding.word_embeddings.weight", "embedding.position_embeddings.weight")
 _IN, _OUT = "language_model.encoder.layers.{i}", "decoder.layers.{i}"
 RULES = RuleTable(
-    *(
-        Rule(
-            f"language_model.embedding.{kind}_embeddings.weight",
-            f"embedding.{kind}_embeddings.weight",
-        )
-        for kind in ("word", "position")
-    ),
+    *(Rule(f"language_model.{name}", name) for name in _EMBEDDINGS),
     Rule(f"{_IN}.input_norm.{{p}}", f"{_OUT}.self_attention.linear_qkv.layer_norm_{{p}}"),
     Rule(f"{_IN}.self_attention.query_key_value.{{p}}", f"{_OUT}.self_attention.linear_qkv.{{p}}"),
     Rule(f"{_IN}.self_attention.dense.{{p}}", f"{_OUT}.self_attention.linear_proj.{{p}}"),

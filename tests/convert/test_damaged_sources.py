@@ -510,7 +510,10 @@ def test_a_tied_copy_that_differs(root: Path, out: Path) -> None:
     _change_copy(root, 0, 1, HEAD)
     error = refused(root, out, InconsistentError, says="tied output layer")
     assert "mp_rank_00_000" in str(error.found) and "001" in str(error.found)
-    mtt_convert.convert(root, out, replicated="first")
+    with pytest.raises(InconsistentError, match="tied output layer"):
+        mtt_convert.convert(root, out, replicated="first")
+    own = {"untie_embeddings_and_output_weights": True}
+    assert mtt_convert.convert(root, out, overrides=own).conversion.plan.num_tensors == 39
 
 
 def test_an_output_layer_that_arguments_deny(root: Path, out: Path) -> None:

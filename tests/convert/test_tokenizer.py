@@ -70,7 +70,18 @@ def test_special_tokens_reach_both_configurations(tmp_path: Path) -> None:
         ("nothing-here", None, UsageError),
         ("tok.model", b"\x0a", UnsupportedError),
         ("tokenizer.json", b"{", SourceError),
+        ("tokenizer.json", b"[" * 100_000, SourceError),
+        ("tokenizer.json", b'{"added_tokens": [{"id": 1}]}', SourceError),
+        ("tokenizer.json", b'{"added_tokens": [{"content": "a"}]}', SourceError),
+        ("tokenizer.json", b'{"added_tokens": [[]]}', SourceError),
+        ("tokenizer.json", b'{"added_tokens": 3}', SourceError),
+        ("tokenizer.json", b'{"model": {"vocab": 3}}', SourceError),
+        ("tokenizer.json", b'{"model": {"vocab": [[]]}}', SourceError),
+        ("tokenizer.json", b'{"model": {"vocab": [3]}}', SourceError),
+        ("tokenizer.json", b'{"model": {"vocab": {"a": "x"}}}', SourceError),
+        ("tokenizer.json", b'{"model": {"vocab": {"a": -1}}}', SourceError),
         ("vocab.json", b"{}", MTTError),
+        ("vocab.json", b'{"<|endoftext|>": []}', SourceError),
     ],
 )
 def test_what_is_no_tokenizer_is_refused(
@@ -115,3 +126,10 @@ def test_vocabulary_padding(padding: str | None, rows: int) -> None:
 def test_trimming_needs_the_true_size() -> None:
     with pytest.raises(UsageError, match="true vocabulary size"):
         plan_conversion(open_checkpoint(SAMPLE), vocab_padding="trim", tokenizer="none")
+
+
+@pytest.mark.parametrize("token", [3, [], {"content": 3}, True])
+def test_a_special_token_of_another_kind(token: object, fast_file: Path) -> None:
+    (fast_file.parent / "tokenizer_config.json").write_text(json.dumps({"eos_token": token}))
+    with pytest.raises(SourceError, match=r"tokenizer_config\.json is no tokenizer"):
+        read_tokenizer(str(fast_file.parent))
