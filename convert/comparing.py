@@ -178,6 +178,8 @@ def verify(folder: str | os.PathLike[str], *, progress: Progress | None = None) 
         )
     files: dict[str, dict[str, Any]] = record["files"]
     problems, warnings = list(_documents(folder, record)), []
+    if record["hash"] == "none":
+        warnings.append("the conversion kept no hashes: only sizes and names were compared")
     total, done = sum(file["bytes"] for file in files.values()), 0
     num_tensors = 0
     for name, entry in files.items():
@@ -218,9 +220,13 @@ def _file(
         raise IncompleteError(f"{name} is missing")
     tensors = hf_safetensors.read_file(path)
     with open(path, "rb") as file:
-        header = file.read(entry["bytes"] - sum(t.num_bytes for t in tensors.values()))
-    if manifest.digest(header, algorithm) != entry["header"] or set(tensors) != set(
-        entry["tensors"]
+        length = 8 + int.from_bytes(file.read(8), "little")
+        file.seek(0)
+        header = file.read(length)
+    if (
+        os.path.getsize(path) != entry["bytes"]
+        or manifest.digest(header, algorithm) != entry["header"]
+        or set(tensors) != set(entry["tensors"])
     ):
         raise CorruptError(f"the header of {name} is not what was written")
     return tensors

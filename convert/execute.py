@@ -1,9 +1,8 @@
 """Runs a plan: bytes move from sources to a sink in windows of about 1 MB.
 
-    1  compare replicas: copies of one parameter must be equal before anything is written
-    2  every worker takes a file, streams its tensors in order, and hashes what it writes;
-       idle workers take tensors from the files that are left
-    3  the sink completes each file, then the documents
+    1  every worker takes a file, streams its tensors in order, and hashes what it writes
+    2  idle workers take tensors from the files that are left
+    3  the sink completes each file when its last tensor is there
 
 Memory is the workers' windows, whatever the model's size.
 """
@@ -12,17 +11,14 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Protocol
 
 from .casting import cast_window
-from .checkpoint import Replicas
-from .errors import InconsistentError
 from .manifest import new_hasher
 from .plan import ConversionPlan, PlannedFile, PlannedTensor
-from .reading import FileReader, stream, window_size
-from .tensors import LazyTensor
+from .reading import FileReader, stream
 
 Progress = Callable[[int, int], None]
 
@@ -46,34 +42,6 @@ class Sink(Protocol):
         """All tensors of a file were written."""
 
 
-def check_replicas(replicas: Sequence[Replicas], reader: FileReader) -> None:
-    """Compare copies byte by byte.
-
-    Raises:
-        InconsistentError: two copies of a parameter differ.
-    """
-    for group in replicas:
-        first, *others = group.tensors
-        for where, other in zip(group.where[1:], others, strict=True):
-            if not same_bytes(first, other, reader):
-                raise InconsistentError(
-                    f"copies of {group.name} differ; nothing was written",
-                    found=f"one value in {group.where[0]}, another in {where}",
-                    expected="equal bytes on all ranks",
-                    fix="use files of one save, or --replicated first to take the first rank's",
-                )
-
-
-def same_bytes(first: LazyTensor, second: LazyTensor, reader: FileReader) -> bool:
-    """Whether two tensors have the same dtype, shape and bytes."""
-    if (first.dtype, first.shape) != (second.dtype, second.shape):
-        return False
-    size = window_size(first, second)
-    with FileReader() as other:
-        pairs = zip(stream(first, reader, size), stream(second, other, size), strict=True)
-        return all(a == b for a, b in pairs)
-
-
 def run(
     plan: ConversionPlan,
     sink: Sink,
@@ -95,13 +63,13 @@ def run(
         MTTError: whatever a source or the sink raises; other workers stop at their next window.
     """
     job = _Job(plan, sink, algorithm, progress)
+    num_workers = min(num_workers, plan.num_tensors)
     if num_workers <= 1:
         job.work()
         return
     with ThreadPoolExecutor(num_workers, thread_name_prefix="mtt") as pool:
-        workers = [pool.submit(job.work) for _ in range(num_workers)]
         try:
-            for worker in as_completed(workers):
+            for worker in as_completed([pool.submit(job.work) for _ in range(num_workers)]):
                 worker.result()
         except BaseException:
             job.stop()

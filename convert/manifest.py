@@ -11,6 +11,7 @@ neither times nor paths: the same input gives the same bytes.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -61,8 +62,8 @@ def new_hasher(algorithm: str) -> Hasher:
 
 
 def digest(data: bytes, algorithm: str) -> str:
-    """The hash of one byte string."""
-    hasher = new_hasher(algorithm)
+    """The hash of one byte string; small as they are, they are hashed even under `none`."""
+    hasher = new_hasher("xxh3_128" if algorithm == "none" else algorithm)
     hasher.update(data)
     return hasher.hexdigest()
 
@@ -70,9 +71,31 @@ def digest(data: bytes, algorithm: str) -> str:
 def write(folder: str, manifest: Mapping[str, Any]) -> None:
     """Replace the manifest of a folder in one step."""
     temporary = os.path.join(folder, NAME + ".part")
-    with open(temporary, "wb") as file:
-        file.write(document(manifest))
-    os.replace(temporary, os.path.join(folder, NAME))
+    try:
+        with open(temporary, "wb") as file:
+            file.write(document(manifest))
+        os.replace(temporary, os.path.join(folder, NAME))
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+
+
+def _check(manifest: Any) -> None:
+    """Raise one of the usual errors if this is no manifest."""
+    if manifest["schema"] != SCHEMA:
+        raise ValueError(f"schema {manifest['schema']}")
+    if manifest["hash"] not in ALGORITHMS.values():
+        raise ValueError(f"hash {manifest['hash']!r}")
+    if manifest["status"] not in ("running", "complete") or not manifest["files"]:
+        raise ValueError(f"status {manifest['status']!r}, {len(manifest['files'])} files")
+    names = [*manifest["files"], *manifest["documents"].keys()]
+    if any(os.path.basename(name) != name for name in names):
+        raise ValueError("a file elsewhere")
+    for entry in manifest["files"].values():
+        if not isinstance(entry["bytes"], int) or not isinstance(entry["header"], str):
+            raise TypeError(f"a file of {entry['bytes']!r} bytes")
+        entry["tensors"].items()
 
 
 def read(folder: str) -> dict[str, Any]:
@@ -92,11 +115,10 @@ def read(folder: str) -> dict[str, Any]:
     try:
         with open(path, "rb") as file:
             manifest = json.load(file)
-        if manifest["schema"] != SCHEMA or not isinstance(manifest["files"], dict):
-            raise ValueError(f"schema {manifest['schema']}")
+        _check(manifest)
     except OSError as error:
         raise SourceError(f"{path} cannot be read", found=str(error)) from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CorruptError(
             f"{path} is damaged", found=str(error), expected=f"a manifest of schema {SCHEMA}"
         ) from error

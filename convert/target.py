@@ -11,6 +11,7 @@ until the new ones are whole, and come back if the run fails.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -43,8 +44,9 @@ class FolderSink:
         self._mutex = threading.Lock()
         self._open: dict[str, int] = {}
         self._written: list[str] = []
-        self._made_folder = False
+        self._made_folders: list[str] = []
         self._lock_file = -1
+        self._closed = False
         self.manifest: dict[str, Any] = {
             "schema": manifest.SCHEMA,
             "status": "running",
@@ -81,9 +83,11 @@ class FolderSink:
     def _take(self) -> None:
         if os.path.lexists(self.folder) and not os.path.isdir(self.folder):
             raise TargetError(f"{self.folder} is a file", expected="a folder, or a new name")
-        if not os.path.isdir(self.folder):
-            os.makedirs(self.folder)
-            self._made_folder = True
+        parent = self.folder
+        while not os.path.isdir(parent):
+            self._made_folders.append(parent)
+            parent = os.path.dirname(parent)
+        os.makedirs(self.folder, exist_ok=True)
         self._take_lock()
         if present := sorted(set(os.listdir(self.folder)) - {_LOCK}):
             self._replace(present)
@@ -99,7 +103,8 @@ class FolderSink:
         self._written.append(manifest.NAME)
 
     def _take_lock(self) -> None:
-        self._lock_file = os.open(os.path.join(self.folder, _LOCK), os.O_CREAT | os.O_RDWR, 0o666)
+        path = os.path.join(self.folder, _LOCK)
+        self._lock_file = os.open(path, os.O_CREAT | os.O_RDWR, 0o666)
         try:
             fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -109,6 +114,10 @@ class FolderSink:
                 f"{self.folder} is being written by another run of mtt",
                 fix="wait for it, or choose another folder",
             ) from error
+        held, here = os.fstat(self._lock_file), os.stat(path) if os.path.exists(path) else None
+        if here is None or (held.st_dev, held.st_ino) != (here.st_dev, here.st_ino):
+            os.close(self._lock_file)  # its owner ended and removed it before we had it
+            self._take_lock()
 
     def _replace(self, present: list[str]) -> None:
         """Make room in a folder that is not empty: only for files an earlier run wrote."""
@@ -119,6 +128,10 @@ class FolderSink:
                 expected="an empty or new folder",
                 fix="choose another folder, or add --overwrite to replace an earlier conversion",
             )
+        aside = os.path.join(self.folder, _REPLACED)
+        if os.path.isdir(aside) and os.listdir(aside):
+            self._recover(present, aside)
+            present = sorted(set(os.listdir(self.folder)) - {_LOCK})
         if manifest.NAME not in present:
             raise TargetError(
                 f"{self.folder} was not written by mtt; nothing was replaced",
@@ -127,11 +140,33 @@ class FolderSink:
                 fix="choose another folder, or empty this one yourself",
             )
         old = manifest.read(self.folder)
-        parts = [f"{name}.part" for name in old["files"]]
-        aside = os.path.join(self.folder, _REPLACED)
+        ours = self._names(old)
+        new = {*self._plan.documents, *(file.name for file in self._plan.files)}
+        new |= {f"{name}.part" for name in new}
+        if taken := sorted(new & set(present) - ours):
+            raise TargetError(
+                f"{self.folder} has files that mtt did not write; nothing was replaced",
+                found=", ".join(taken[:5]),
+                expected="only files of the earlier conversion in their places",
+                fix="move them away, or choose another folder",
+            )
         os.makedirs(aside, exist_ok=True)
-        for name in {*old["documents"], *old["files"], *parts, manifest.NAME} & set(present):
+        for name in sorted(ours & set(present), key=lambda name: name == manifest.NAME):
             os.replace(os.path.join(self.folder, name), os.path.join(aside, name))
+
+    def _names(self, old: dict[str, Any]) -> set[str]:
+        """Files that belong to the conversion of a manifest."""
+        parts = [f"{name}.part" for name in (*old["files"], *old["documents"], manifest.NAME)]
+        return {*old["documents"], *old["files"], *parts, manifest.NAME}
+
+    def _recover(self, present: list[str], aside: str) -> None:
+        """Undo what a killed run of --overwrite did: its files go, those it replaced return."""
+        if manifest.NAME in present and manifest.NAME in os.listdir(aside):
+            for name in self._names(manifest.read(self.folder)) & set(present):
+                os.unlink(os.path.join(self.folder, name))
+        for name in os.listdir(aside):
+            os.replace(os.path.join(aside, name), os.path.join(self.folder, name))
+        os.rmdir(aside)
 
     def write(
         self, file: PlannedFile, tensor: PlannedTensor, position: int, data: memoryview
@@ -143,20 +178,19 @@ class FolderSink:
         """
         try:
             descriptor = self._descriptor(file)
-            done, start = 0, tensor.offset + position
-            while done < len(data):
-                done += os.pwrite(descriptor, data[done:], start + done)
+            _write_all(descriptor, data, tensor.offset + position)
         except OSError as error:
             raise _target_error(self.folder, error) from error
 
     def _descriptor(self, file: PlannedFile) -> int:
         with self._mutex:
+            assert not self._closed, file.name
             if file.name not in self._open:
                 path = os.path.join(self.folder, file.name + ".part")
                 flags = os.O_CREAT | os.O_TRUNC | os.O_WRONLY | os.O_CLOEXEC
                 self._open[file.name] = os.open(path, flags, 0o666)
                 self._written.append(file.name + ".part")
-                os.pwrite(self._open[file.name], file.header, 0)
+                _write_all(self._open[file.name], memoryview(file.header), 0)
             return self._open[file.name]
 
     def tensor_done(self, file: PlannedFile, tensor: PlannedTensor, digest: str) -> None:
@@ -190,7 +224,8 @@ class FolderSink:
             TargetError: the disk is full or the folder not writable.
         """
         try:
-            for name, data in self._plan.documents.items():
+            for name in sorted(self._plan.documents, key=lambda name: name == "config.json"):
+                data = self._plan.documents[name]
                 path = os.path.join(self.folder, name)
                 self._written.append(name)
                 with open(path + ".part", "wb") as file:
@@ -219,12 +254,15 @@ class FolderSink:
             os.close(descriptor)
         self._open.clear()
         if self._lock_file >= 0:
-            os.unlink(os.path.join(self.folder, _LOCK))
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(os.path.join(self.folder, _LOCK))
             os.close(self._lock_file)
             self._lock_file = -1
 
     def _clean_up(self) -> None:
         """Leave the folder as it was found."""
+        with self._mutex:
+            self._closed = True
         for name in self._written:
             for path in (
                 os.path.join(self.folder, name),
@@ -238,8 +276,15 @@ class FolderSink:
                 os.replace(os.path.join(aside, name), os.path.join(self.folder, name))
             os.rmdir(aside)
         self._release()
-        if self._made_folder and os.path.isdir(self.folder) and not os.listdir(self.folder):
-            os.rmdir(self.folder)
+        for folder in self._made_folders:
+            if os.path.isdir(folder) and not os.listdir(folder):
+                os.rmdir(folder)
+
+
+def _write_all(descriptor: int, data: memoryview, position: int) -> None:
+    done = 0
+    while done < len(data):
+        done += os.pwrite(descriptor, data[done:], position + done)
 
 
 def _target_error(folder: str, error: OSError) -> TargetError:

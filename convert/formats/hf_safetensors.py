@@ -80,7 +80,7 @@ def read_file(path: str) -> dict[str, LazyTensor]:
         entries.pop("__metadata__", None)
         tensors = {name: _tensor(path, 8 + length, e) for name, e in entries.items()}
         end = 8 + length + max((e["data_offsets"][1] for e in entries.values()), default=0)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _damaged(path, f"{type(error).__name__}: {error}") from error
     if end != size:
         raise _damaged(path, f"{size} bytes", f"{end} bytes, as its header says")
@@ -90,6 +90,8 @@ def read_file(path: str) -> dict[str, LazyTensor]:
 def _tensor(path: str, data: int, entry: dict[str, Any]) -> LazyTensor:
     dtype, shape = FROM_SAFETENSORS[entry["dtype"]], tuple(entry["shape"])
     start, end = entry["data_offsets"]
+    if not all(type(number) is int for number in (*shape, start, end)):
+        raise TypeError(f"{entry}")
     tensor = LazyTensor.in_file(dtype, shape, path, data + start, row_major(shape))
     if not 0 <= start <= end or end - start != tensor.num_bytes or min(shape, default=0) < 0:
         raise ValueError(f"{shape} of {dtype} in {end - start} bytes")

@@ -598,7 +598,7 @@ def test_an_interruption_before_and_after_the_weights(
         raise KeyboardInterrupt
 
     target = {
-        "replicas": "mtt_convert.pipeline.check_replicas",
+        "replicas": "mtt_convert.replicas.compare",
         "documents": "mtt_convert.target.FolderSink.finish",
     }[where]
     monkeypatch.setattr(target, interrupt)
