@@ -152,12 +152,14 @@ class Verification:
         num_tensors, num_bytes: what was read and hashed.
         problems: bytes that are not those that were written.
         warnings: bytes that are, but look wrong (NaN, infinity).
+        hashed: whether the conversion kept hashes; without them only sizes and names were compared.
     """
 
     num_tensors: int
     num_bytes: int
     problems: tuple[str, ...]
     warnings: tuple[str, ...]
+    hashed: bool
 
 
 def verify(folder: str | os.PathLike[str], *, progress: Progress | None = None) -> Verification:
@@ -179,7 +181,7 @@ def verify(folder: str | os.PathLike[str], *, progress: Progress | None = None) 
     files: dict[str, dict[str, Any]] = record["files"]
     problems, warnings = list(_documents(folder, record)), []
     if record["hash"] == "none":
-        warnings.append("the conversion kept no hashes: only sizes and names were compared")
+        warnings.append("the conversion kept no hashes: tensors were only compared in size")
     total, done = sum(file["bytes"] for file in files.values()), 0
     num_tensors = 0
     for name, entry in files.items():
@@ -199,7 +201,8 @@ def verify(folder: str | os.PathLike[str], *, progress: Progress | None = None) 
                 done += tensor.num_bytes
                 if progress:
                     progress(done, total)
-    return Verification(num_tensors, done, tuple(problems), tuple(warnings))
+    hashed = record["hash"] != "none"
+    return Verification(num_tensors, done, tuple(problems), tuple(warnings), hashed)
 
 
 def _documents(folder: str, record: Mapping[str, Any]) -> Iterator[str]:

@@ -49,6 +49,7 @@ def run(args: argparse.Namespace) -> int:
         say(problem)
     if difference is not None:
         print(f"logits: largest difference {difference:.3g}")
-    verdict = f"{len(problems)} problems" if problems else "as written"
+    whole = "as written" if result.hashed else "of the sizes that were written"
+    verdict = f"{len(problems)} problems" if problems else whole
     print(f"{result.num_tensors} tensors, {size(result.num_bytes)}: {verdict}")
     return EXIT_DIFFERENT if problems else 0
