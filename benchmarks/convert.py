@@ -42,7 +42,7 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -524,36 +524,38 @@ def write_torch_dist(folder: Path, model: Model) -> None:
     storage: dict[dcp.MetadataIndex, _StorageInfo] = {}
     for pp in range(PP):
         ranks = [pp * TP + tp for tp in range(TP)]
-        files = [
-            [open(place / f"__{rank}_{writer}.distcp", "wb") for writer in range(WRITERS)]
-            for rank in ranks
-        ]
-        for name, layer, parameter in rank_parts(model, pp):
-            whole = whole_tensor(parameter.shape, f"{layer} {name}")
-            stacked = () if layer is None else (model.layers,)
-            global_name = name if layer is None else f"decoder.layers.{name}"
-            entry = tensors.setdefault(
-                global_name,
-                dcp.TensorStorageMetadata(
-                    dcp.TensorProperties(dtype=torch.bfloat16),
-                    torch.Size((*stacked, *parameter.shape)),
-                    [],
-                ),
-            )
-            for tp in range(TP if parameter.split is not None else 1):
-                for start, part in parameter.part(whole, tp):
-                    if layer is not None:
-                        start, part = (layer, *start), part[None]
-                    entry.chunks.append(dcp.ChunkStorageMetadata(torch.Size(start), part.shape))
-                    buffer = io.BytesIO()
-                    torch.save(part, buffer)
-                    file = min(files[tp], key=lambda f: f.tell())
-                    index = dcp.MetadataIndex(global_name, torch.Size(start))
-                    where = os.path.basename(file.name)
-                    storage[index] = _StorageInfo(where, file.tell(), buffer.tell())
-                    file.write(buffer.getbuffer())
-        for file in (file for pair in files for file in pair):
-            file.close()
+        with ExitStack() as stack:
+            files = [
+                [
+                    stack.enter_context(open(place / f"__{rank}_{w}.distcp", "wb"))
+                    for w in range(WRITERS)
+                ]
+                for rank in ranks
+            ]
+            for name, layer, parameter in rank_parts(model, pp):
+                whole = whole_tensor(parameter.shape, f"{layer} {name}")
+                stacked = () if layer is None else (model.layers,)
+                global_name = name if layer is None else f"decoder.layers.{name}"
+                entry = tensors.setdefault(
+                    global_name,
+                    dcp.TensorStorageMetadata(
+                        dcp.TensorProperties(dtype=torch.bfloat16),
+                        torch.Size((*stacked, *parameter.shape)),
+                        [],
+                    ),
+                )
+                for tp in range(TP if parameter.split is not None else 1):
+                    for start, part in parameter.part(whole, tp):
+                        if layer is not None:
+                            start, part = (layer, *start), part[None]
+                        entry.chunks.append(dcp.ChunkStorageMetadata(torch.Size(start), part.shape))
+                        buffer = io.BytesIO()
+                        torch.save(part, buffer)
+                        file = min(files[tp], key=lambda f: f.tell())
+                        index = dcp.MetadataIndex(global_name, torch.Size(start))
+                        where = os.path.basename(file.name)
+                        storage[index] = _StorageInfo(where, file.tell(), buffer.tell())
+                        file.write(buffer.getbuffer())
     metadata = dcp.Metadata(state_dict_metadata=tensors, storage_data=storage)
     (place / ".metadata").write_bytes(pickle.dumps(metadata))
     common = {"args": arguments(model), "checkpoint_version": 3.0, "iteration": 10}
