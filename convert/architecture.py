@@ -21,6 +21,8 @@ from .errors import IncompleteError, InconsistentError, UnsupportedError
 POSITION_EMBEDDING_TYPES = ("learned_absolute", "rope", "none")
 NORMALIZATIONS = ("LayerNorm", "RMSNorm")
 ACTIVATIONS = ("gelu", "gelu_tanh", "silu", "squared_relu")
+# Fields without a part in the forward pass.
+TRAINING_ONLY = ("attention_dropout", "hidden_dropout", "init_method_std", "params_dtype")
 PARAMS_DTYPES = ("float32", "float16", "bfloat16")
 
 # What `use_rope_scaling` fixes besides the factor; Megatron has no argument for them.

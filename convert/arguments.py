@@ -42,6 +42,9 @@ from .argument_tables import (
 from .dtypes import DType
 from .errors import UnsupportedError, UsageError
 
+OWN = "mtt"
+"""The argument under which mtt stores what Megatron has no argument for."""
+
 
 def architecture_from_args(
     args: Arguments, *, overrides: Arguments = NOTHING, legacy: bool | None = None
@@ -60,7 +63,7 @@ def architecture_from_args(
         UsageError: a needed argument is missing, cannot be trusted, or an override is not one.
     """
     _check_overrides(overrides)
-    said = _said(overrides)
+    said = {**_certain(args), **_said(overrides)}
     a = {**_renamed(args, said), **said}
     _refuse(a)
     _check_types(a, said)
@@ -134,6 +137,14 @@ def _said(overrides: Arguments) -> dict[str, object]:
     if "position_embedding_type" in said:
         said.setdefault("use_rotary_position_embeddings", False)
     return said
+
+
+def _certain(args: Arguments) -> dict[str, object]:
+    """What a checkpoint that mtt wrote says about arguments that Megatron-LM may ignore."""
+    own = args.get(OWN)
+    names = own.get("certain") if isinstance(own, dict) else None
+    names = [name for name in names if name in SETTINGS] if isinstance(names, list) else []
+    return {name: args[name] for name in names if args.get(name) is not None}
 
 
 def _renamed(args: Arguments, said: Arguments) -> dict[str, object]:
@@ -412,12 +423,16 @@ def _params_dtype(a: Arguments) -> str | None:
 def true_vocab_size(args: Arguments) -> int | None:
     """The number of tokens, without padding rows; None if the arguments do not say it.
 
-    Megatron builds only its null and TikToken tokenizers from `vocab_size`; with any other it is
-    just what somebody typed ("before EOD or padding", says its help). The null tokenizers add one
+    A checkpoint that mtt wrote says it under `mtt`. Megatron builds only its null and TikToken
+    tokenizers from `vocab_size`; with any other it is just what somebody typed ("before EOD or
+    padding", says its help). The null tokenizers add one
     for EOD; since core_v0.18, which has `null_tokenizer_eod_id`, the text one does not.
     (Source: training/tokenizer/tokenizer.py; core/tokenizers/utils/build_tokenizer.py and
     text/libraries/null_tokenizer.py at core_v0.18.)
     """
+    own = args.get(OWN)
+    if isinstance(own, dict) and type(own.get("vocab_size")) is int:
+        return _fitting(own["vocab_size"], args)
     size, kind = args.get("vocab_size"), args.get("tokenizer_type")
     if kind == "TikTokenizer" and size is None:
         size = 2**17
@@ -429,6 +444,10 @@ def true_vocab_size(args: Arguments) -> int | None:
         size += 1
     elif kind not in (None, "NullTokenizer", "TikTokenizer"):
         return None
+    return _fitting(size, args)
+
+
+def _fitting(size: int, args: Arguments) -> int | None:
     padded = args.get("padded_vocab_size")
     return size if size >= 1 and not (isinstance(padded, int) and size > padded) else None
 
@@ -527,7 +546,7 @@ def unknown_arguments(args: Arguments) -> list[str]:
 
     They may change the forward pass: worth a warning.
     """
-    known = {*SETTINGS, *NEUTRAL, *LOW_PRECISION, *RENAMED}
+    known = {*SETTINGS, *NEUTRAL, *LOW_PRECISION, *RENAMED, OWN}
     return sorted(
         name
         for name, value in args.items()
@@ -543,6 +562,11 @@ def low_precision(args: Arguments) -> list[str]:
         for name, meaning in LOW_PRECISION.items()
         if not _is_in(args.get(name), (*OFF, "none", "None"))
     ]
+
+
+def is_neutral(name: str, value: object) -> bool:
+    """Whether an argument of NEUTRAL has a value that changes nothing."""
+    return _is_in(value, NEUTRAL[name].values)
 
 
 def is_known(name: str) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from .architecture import Architecture
+from .arguments import OWN
 from .checkpoint import Checkpoint
 from .documents import config_json, generation_config, model_card, modeling_files
 from .dtypes import DTYPES
@@ -61,27 +62,26 @@ def plan_conversion(
         raise UsageError(f"unknown dtype {dtype!r}", expected=f"auto, {', '.join(CAST_DTYPES)}")
     family = FAMILIES[model_type]
     warnings = list(checkpoint.warnings)
-    words = _tokenizer(checkpoint, tokenizer, warnings)
+    words = choose_tokenizer(checkpoint, tokenizer, warnings)
     architecture = _with_vocabulary(checkpoint, words, vocab_padding, warnings)
     tensors = family.rules(architecture).apply(checkpoint.tensors, architecture)
     files, index = plan_files(tensors, dtype, parse_size(max_shard_size))
     fields = family.config(architecture)
-    stored = _main_dtype(tensors) if dtype == "auto" else dtype
+    stored = main_dtype(tensors) if dtype == "auto" else dtype
     count = sum(tensor.num_elements for tensor in tensors.values())
     documents = {
         **modeling_files(family),
         **words.files,
         "README.md": model_card(checkpoint, fields, count, stored),
         "generation_config.json": document(generation_config(words)),
+        **({INDEX: index} if index is not None else {}),
         "config.json": config_json(family, fields, stored, words),
     }
-    if index is not None:
-        documents[INDEX] = index
     plan = ConversionPlan(files, documents, checkpoint.replicas)
     return Conversion(checkpoint, plan, fields, stored, words, tuple(warnings))
 
 
-def _main_dtype(tensors: Mapping[str, LazyTensor]) -> str:
+def main_dtype(tensors: Mapping[str, LazyTensor]) -> str:
     """The dtype most bytes have: `config.json` names one."""
     sizes = dict.fromkeys(DTYPES, 0)
     for tensor in tensors.values():
@@ -89,7 +89,7 @@ def _main_dtype(tensors: Mapping[str, LazyTensor]) -> str:
     return max(sizes, key=lambda name: sizes[name])
 
 
-def _tokenizer(checkpoint: Checkpoint, choice: str | None, warnings: list[str]) -> Tokenizer:
+def choose_tokenizer(checkpoint: Checkpoint, choice: str | None, warnings: list[str]) -> Tokenizer:
     """The tokenizer asked for, or the one the arguments name if its files are here."""
     if choice == "none":
         return Tokenizer()
@@ -118,7 +118,27 @@ def _with_vocabulary(
     """The architecture with the vocabulary size that will be written."""
     architecture = checkpoint.architecture
     padded = architecture.padded_vocab_size
-    size = architecture.vocab_size or words.vocab_size
+    size = true_vocabulary(checkpoint, words, vocab_padding, warnings)
+    if vocab_padding == "keep":
+        return replace(architecture, vocab_size=stored_rows(checkpoint))
+    if size is None:
+        warnings.append(
+            f"the vocabulary keeps its {padded} rows, padding included: "
+            "give --tokenizer or --set vocab_size=N to trim it"
+        )
+    return replace(architecture, vocab_size=size or padded)
+
+
+def true_vocabulary(
+    checkpoint: Checkpoint, words: Tokenizer, vocab_padding: str | None, warnings: list[str]
+) -> int | None:
+    """The number of tokens, from the checkpoint or its tokenizer; None if neither says it.
+
+    Raises:
+        UsageError: the tokenizer is another model's, or padding shall go and nobody knows how much.
+    """
+    padded = checkpoint.architecture.padded_vocab_size
+    size = checkpoint.architecture.vocab_size or words.vocab_size
     if words.vocab_size is not None and words.vocab_size > padded:
         raise UsageError(
             "the tokenizer does not belong to this model",
@@ -129,17 +149,17 @@ def _with_vocabulary(
     if size is not None and words.vocab_size is not None and words.vocab_size != size:
         warnings.append(f"the tokenizer has {words.vocab_size} tokens, the checkpoint says {size}")
         size = max(size, words.vocab_size)
-    if vocab_padding == "keep":
-        return replace(architecture, vocab_size=padded)
     if size is None and vocab_padding == "trim":
         raise UsageError(
             "the true vocabulary size is not in the checkpoint",
             found=f"{padded} rows, some of them may be padding",
             fix="give --tokenizer, or --set vocab_size=N",
         )
-    if size is None:
-        warnings.append(
-            f"the vocabulary keeps its {padded} rows, padding included: "
-            "give --tokenizer or --set vocab_size=N to trim it"
-        )
-    return replace(architecture, vocab_size=size or padded)
+    return size
+
+
+def stored_rows(checkpoint: Checkpoint) -> int:
+    """Rows of the embedding that hold something, be it padding: mtt says how many it added."""
+    own, padded = checkpoint.args.get(OWN), checkpoint.architecture.padded_vocab_size
+    rows = own.get("rows") if isinstance(own, dict) else None
+    return rows if type(rows) is int and 1 <= rows <= padded else padded

@@ -12,8 +12,7 @@ from . import replicas
 from .documents import generation_config, special_tokens
 from .errors import MTTError, UsageError
 from .execute import Progress, run
-from .hf_folder import plan_conversion
-from .pipeline import open_checkpoint
+from .pipeline import open_checkpoint, plan_conversion
 from .plan import PlannedFile, PlannedTensor
 
 if TYPE_CHECKING:

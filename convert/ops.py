@@ -136,11 +136,16 @@ class PadVocab:
     def apply(self, tensors: Tensors, architecture: Architecture) -> Tensors:
         """[vocab_size, ...] -> [padded_vocab_size, ...]."""
         (tensor,) = tensors
-        missing = architecture.padded_vocab_size - tensor.shape[0]
-        if missing == 0:
-            return tensors
-        return (concat([tensor, zeros(tensor.dtype, (missing, *tensor.shape[1:]))]),)
+        return (resize_rows(tensor, tensor.shape[0], architecture.padded_vocab_size),)
 
 
 def _qkv(architecture: Architecture) -> tuple[int, int, int]:
     return architecture.num_query_groups, architecture.heads_per_group, architecture.kv_channels
+
+
+def resize_rows(tensor: LazyTensor, num_kept: int, num_rows: int) -> LazyTensor:
+    """The first `num_kept` rows of a tensor, and rows of zeros up to `num_rows`."""
+    kept = tensor.narrow(0, 0, num_kept)
+    if num_rows == num_kept:
+        return kept
+    return concat([kept, zeros(tensor.dtype, (num_rows - num_kept, *tensor.shape[1:]))])

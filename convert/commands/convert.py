@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import os
 import time
+from typing import Any
 
-from ..cli import MEGATRON_ONLY, overrides
+from ..cli import LAYOUT_OPTIONS, overrides
 from ..errors import UsageError
-from ..hf_folder import Conversion, plan_conversion
-from ..pipeline import check_target, convert, open_checkpoint
+from ..hf_folder import Conversion
+from ..pipeline import check_target, convert, open_checkpoint, plan_conversion
 from ..plan import render
 from ..reading import window_size
 from .console import (
@@ -30,7 +31,9 @@ def run(args: argparse.Namespace) -> int:
     start = time.monotonic()
     workers = default_workers() if args.workers is None else args.workers
     _check(args, workers)
-    choices = {
+    choices: dict[str, Any] = {
+        "to": args.to,
+        **_layout(args),
         "model_type": args.model_type,
         "dtype": args.dtype,
         "max_shard_size": args.max_shard_size,
@@ -50,7 +53,6 @@ def run(args: argparse.Namespace) -> int:
         result = convert(
             args.source,
             args.target,
-            to=args.to,
             replicated=args.replicated,
             num_workers=workers,
             overwrite=args.overwrite,
@@ -95,17 +97,13 @@ def default_workers() -> int:
 def _check(args: argparse.Namespace, workers: int) -> None:
     """What is wrong whatever the checkpoint is."""
     check_target(args.source, args.target)
-    given = [
-        words[0]
-        for words in MEGATRON_ONLY
-        if getattr(args, words[0].lstrip("-").replace("-", "_")) is not None
-    ]
-    if given:
+    given = [f"--{name.replace('_', '-')}" for name in _layout(args)]
+    if given and args.to == "hf":
         raise UsageError(
             f"{', '.join(given)}: a layout is only for a Megatron target",
             found=f"--to {args.to}",
             expected="a Hugging Face folder has no layout",
-            fix=f"leave out {', '.join(given)}",
+            fix=f"leave out {', '.join(given)}, or add --to torch or --to torch_dist",
         )
     if workers < 1:
         raise UsageError(
@@ -114,6 +112,12 @@ def _check(args: argparse.Namespace, workers: int) -> None:
             expected="at least 1",
             fix="leave out --workers to use the CPUs there are",
         )
+
+
+def _layout(args: argparse.Namespace) -> dict[str, object]:
+    """The options of a Megatron target that were given."""
+    names = [option.lstrip("-").replace("-", "_") for option in LAYOUT_OPTIONS]
+    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
 
 
 def _body(args: argparse.Namespace, conversion: Conversion) -> dict[str, object]:

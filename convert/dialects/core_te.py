@@ -4,6 +4,7 @@ Distributed checkpoints spell dense layers like this whatever the spec; so do ca
 """
 
 from ..mapping import Rule, RuleTable
+from .modules import Modules
 
 _NAMES = (
     "embedding.word_embeddings.weight",
@@ -20,3 +21,30 @@ _NAMES = (
     "output_layer.weight",
 )
 RULES = RuleTable(*(Rule(name, name) for name in _NAMES))
+MODULES = Modules(
+    before=("embedding.word_embeddings", "embedding.position_embeddings"),
+    layer=(
+        "self_attention.core_attention",
+        "self_attention.linear_proj",
+        "self_attention.linear_qkv",
+        "self_attention.q_layernorm",
+        "self_attention.k_layernorm",
+        "mlp.linear_fc1",
+        "mlp.linear_fc2",
+    ),
+    after=("decoder.final_layernorm", "output_layer"),
+    stateful=frozenset(
+        (
+            "self_attention.core_attention",
+            "self_attention.linear_proj",
+            "self_attention.linear_qkv",
+            "self_attention.q_layernorm",
+            "self_attention.k_layernorm",
+            "mlp.linear_fc1",
+            "mlp.linear_fc2",
+            "decoder.final_layernorm",
+            "output_layer",
+        )
+    ),
+    bare=frozenset(("self_attention.core_attention", "output_layer")),
+)

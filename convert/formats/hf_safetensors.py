@@ -164,4 +164,4 @@ def _planned_file(name: str, group: Sequence[tuple[str, LazyTensor, DType]]) -> 
     for tensor_name, tensor, dtype in group:
         planned.append(PlannedTensor(tensor_name, tensor, dtype, position))
         position += planned[-1].num_bytes
-    return PlannedFile(name, data, tuple(planned))
+    return PlannedFile(name, ((0, data),), tuple(planned))
