@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from . import manifest
-from .dtypes import DType
+from .dtypes import DTYPES, DType
 from .errors import CorruptError, IncompleteError
 from .execute import Progress
 from .families import mtt
@@ -186,7 +186,7 @@ def verify(folder: str | os.PathLike[str], *, progress: Progress | None = None) 
     num_tensors = 0
     for name, entry in files.items():
         try:
-            tensors = _file(folder, name, entry, record["hash"])
+            tensors = _file_tensors(folder, name, entry, record["hash"])
         except (CorruptError, IncompleteError) as error:
             problems.append(error.message)
             continue
@@ -208,31 +208,52 @@ def verify(folder: str | os.PathLike[str], *, progress: Progress | None = None) 
 def _documents(folder: str, record: Mapping[str, Any]) -> Iterator[str]:
     for name, expected in record["documents"].items():
         try:
-            with open(os.path.join(folder, os.path.basename(name)), "rb") as file:
+            with open(os.path.join(folder, name), "rb") as file:
                 if manifest.digest(file.read(), record["hash"]) != expected:
                     yield f"{name} was changed since it was written"
         except OSError:
             yield f"{name} is missing"
 
 
-def _file(
+def _file_tensors(
     folder: str, name: str, entry: Mapping[str, Any], algorithm: str
 ) -> dict[str, LazyTensor]:
-    path = os.path.join(folder, os.path.basename(name))
+    """The tensors of a file whose other bytes are what was written."""
+    path = os.path.join(folder, name)
     if not os.path.isfile(path):
         raise IncompleteError(f"{name} is missing")
-    tensors = hf_safetensors.read_file(path)
-    with open(path, "rb") as file:
-        length = 8 + int.from_bytes(file.read(8), "little")
-        file.seek(0)
-        header = file.read(length)
+    if "places" in entry:
+        tensors = {
+            tensor: _bytes_at(path, DTYPES[dtype], offset, size)
+            for tensor, (offset, size, dtype) in entry["places"].items()
+        }
+    else:
+        tensors = hf_safetensors.read_file(path)
     if (
         os.path.getsize(path) != entry["bytes"]
-        or manifest.digest(header, algorithm) != entry["header"]
         or set(tensors) != set(entry["tensors"])
+        or manifest.digest(_bytes_between(path, tensors), algorithm) != entry["header"]
     ):
         raise CorruptError(f"the header of {name} is not what was written")
     return tensors
+
+
+def _bytes_at(path: str, dtype: DType, offset: int, size: int) -> LazyTensor:
+    return LazyTensor.in_file(dtype, (size // dtype.itemsize,), path, offset)
+
+
+def _bytes_between(path: str, tensors: Mapping[str, LazyTensor]) -> bytes:
+    """What belongs to no tensor of a file; each tensor is one block."""
+    parts, position = [], 0
+    blocks = [(t.pieces[0].offset, t.num_bytes) for t in tensors.values() if t.num_bytes]
+    with open(path, "rb") as file:
+        for start, size in sorted(blocks):
+            file.seek(position)
+            parts.append(file.read(max(0, start - position)))
+            position = start + size
+        file.seek(position)
+        parts.append(file.read())
+    return b"".join(parts)
 
 
 def _digest(tensor: LazyTensor, algorithm: str, reader: FileReader) -> tuple[str, bool]:

@@ -89,8 +89,13 @@ def main_dtype(tensors: Mapping[str, LazyTensor]) -> str:
     return max(sizes, key=lambda name: sizes[name])
 
 
-def choose_tokenizer(checkpoint: Checkpoint, choice: str | None, warnings: list[str]) -> Tokenizer:
-    """The tokenizer asked for, or the one the arguments name if its files are here."""
+def choose_tokenizer(
+    checkpoint: Checkpoint, choice: str | None, warnings: list[str] | None = None
+) -> Tokenizer:
+    """The tokenizer asked for, or the one the arguments name if its files are here.
+
+    What is missing is said in `warnings`, where the target needs a tokenizer.
+    """
     if choice == "none":
         return Tokenizer()
     if choice is not None:
@@ -102,6 +107,8 @@ def choose_tokenizer(checkpoint: Checkpoint, choice: str | None, warnings: list[
         for candidate in (path, *(os.path.join(root, path) for root in roots)):
             if os.path.exists(candidate):
                 return read_tokenizer(candidate)
+    if warnings is None:
+        return Tokenizer()
     if paths:
         warnings.append(
             f"the tokenizer the checkpoint names, {paths[0]}, is not here: "

@@ -278,7 +278,8 @@ def launch_script(
 HERE="$(cd "$(dirname "${{BASH_SOURCE[0]}}")" && pwd)"
 MEGATRON_ARGS=(
 {body}
-    --load "$HERE" --ckpt-format {args["ckpt_format"]} --finetune --no-load-optim --no-load-rng
+    --load "$HERE" --ckpt-format {args["ckpt_format"]} --exit-on-missing-checkpoint
+    --finetune --no-load-optim --no-load-rng
 )
 """
     return text.encode()

@@ -114,7 +114,7 @@ def plan_conversion(
     )
     stages = plan_stages(checkpoint.architecture, target.layout, target.pipeline_layout)
     warnings = list(checkpoint.warnings)
-    words = choose_tokenizer(checkpoint, tokenizer, warnings)
+    words = choose_tokenizer(checkpoint, tokenizer)
     true_size = true_vocabulary(checkpoint, words, vocab_padding, warnings)
     rows = stored_rows(checkpoint)
     needed = rows if vocab_padding == "keep" or true_size is None else true_size

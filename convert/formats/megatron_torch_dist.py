@@ -283,7 +283,10 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class RankChunks:
-    """What one rank writes: tensors, and objects that are None (`_extra_state`)."""
+    """What one rank writes: tensors, and objects that are empty (`_extra_state`).
+
+    Megatron-Core asks for these objects whatever its strictness, and stores them in a list.
+    """
 
     chunks: tuple[Chunk, ...]
     objects: tuple[str, ...]
@@ -342,7 +345,7 @@ def _rank_files(
         fixed, tensors, position = [], [], 0
 
     for name in rank.objects:
-        zipped = plan(None, {}, "archive", position)
+        zipped = plan([None], {}, "archive", position)
         name = _object_name(name, index.num_layers)
         index.add_object(name, _file_name(number, 0), position, zipped.end - position)
         fixed += zipped.fixed
