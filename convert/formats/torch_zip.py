@@ -276,16 +276,17 @@ class _ZipPlanner:
 
     def finish(self) -> PlannedZip:
         """The directory, and with it the whole plan."""
-        directory_at = self._position
-        directory, tensors = b"", []
+        directory_at = entry_at = self._position
+        entries, tensors = [], []
         for name, header_at, size, checksum, weight, data_at in self._records:
-            entry_at = directory_at + len(directory)
-            directory += _directory_entry(name, header_at - self.start, size, checksum)
+            entries.append(_directory_entry(name, header_at - self.start, size, checksum))
             if weight is not None:
                 checksum_at = (header_at + 14, entry_at + 16)
                 tensors.append(
                     PlannedTensor(weight.name, weight.source, weight.dtype, data_at, checksum_at)
                 )
+            entry_at += len(entries[-1])
+        directory = b"".join(entries)
         end = _directory_end(len(self._records), len(directory), directory_at - self.start)
         self._put(directory_at, directory + end)
         return PlannedZip(
