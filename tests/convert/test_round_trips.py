@@ -1,4 +1,4 @@
-"""Any model to any layout in any format and back: the same bits, and where it can be the same files.
+"""Any model to any layout in any format and back: the same bits, and the same files.
 
 Models are drawn at random: their sizes, whether they have biases, gates, norms of queries, tied
 heads. So are layouts. Weights are random numbers, padding rows included.
