@@ -143,8 +143,10 @@ def _certain(args: Arguments) -> dict[str, object]:
     """What a checkpoint that mtt wrote says about arguments that Megatron-LM may ignore."""
     own = args.get(OWN)
     names = own.get("certain") if isinstance(own, dict) else None
-    names = [name for name in names if name in SETTINGS] if isinstance(names, list) else []
-    return {name: args[name] for name in names if args.get(name) is not None}
+    if not isinstance(names, list):
+        return {}
+    known = [name for name in names if isinstance(name, str) and name in SETTINGS]
+    return {name: args[name] for name in known if args.get(name) is not None}
 
 
 def _renamed(args: Arguments, said: Arguments) -> dict[str, object]:

@@ -130,9 +130,10 @@ def plan_conversion(
     stored = main_dtype(tensors) if dtype == "auto" else dtype
     args = _arguments(checkpoint, architecture, words, stored)
     args[OWN] = {**_own(args), "rows": min(rows, padded)}
-    folder = "release" if checkpoint.iteration is None else f"iter_{checkpoint.iteration:07d}"
+    trained = checkpoint.iteration is not None and checkpoint.iteration >= 0
+    folder = f"iter_{checkpoint.iteration:07d}" if trained else "release"
     writer = _Writer(target, architecture, stages, tensors, args, dtype)
-    iteration = checkpoint.iteration or 0
+    iteration = (checkpoint.iteration or 0) if trained else 0
     if to == "torch":
         files = megatron_torch.plan_files(folder, target.layout, writer.models(), iteration)
         documents: dict[str, bytes] = {}
@@ -148,11 +149,9 @@ def plan_conversion(
     documents["megatron_args.sh"] = launch_script(
         writer.arguments(0), _TOKENIZER if words.files else None, true_size or rows, __version__
     )
-    documents[TRACKER] = (
-        "release" if checkpoint.iteration is None else str(checkpoint.iteration)
-    ).encode()
+    documents[TRACKER] = (str(checkpoint.iteration) if trained else "release").encode()
     plan = ConversionPlan(files, documents, checkpoint.replicas)
-    facts = {"vocab_size": padded}
+    facts = {"vocab_size": padded, "layout": str(target.layout)}
     return Conversion(checkpoint, plan, facts, stored, words, tuple(warnings))
 
 

@@ -75,6 +75,7 @@ def run(args: argparse.Namespace) -> int:
     print_table(
         (
             ("from", f"{checkpoint.format}, {checkpoint.layout}, {checkpoint.num_files} files"),
+            ("to", _target_text(args, conversion)),
             ("model", f"{conversion.dtype}, vocabulary {conversion.config['vocab_size']}"),
             ("tensors", f"{plan.num_tensors} in {len(plan.files)} files"),
             ("written", rate),
@@ -83,6 +84,11 @@ def run(args: argparse.Namespace) -> int:
     )
     print_warnings(conversion.warnings)
     return 0
+
+
+def _target_text(args: argparse.Namespace, conversion: Conversion) -> str:
+    layout = conversion.config.get("layout")
+    return f"{args.to}, {layout}" if layout else ""
 
 
 def default_workers() -> int:
