@@ -21,30 +21,20 @@ _NAMES = (
     "output_layer.weight",
 )
 RULES = RuleTable(*(Rule(name, name) for name in _NAMES))
+_LAYER = (
+    "self_attention.core_attention",
+    "self_attention.linear_proj",
+    "self_attention.linear_qkv",
+    "self_attention.q_layernorm",
+    "self_attention.k_layernorm",
+    "mlp.linear_fc1",
+    "mlp.linear_fc2",
+)
+_AFTER = ("decoder.final_layernorm", "output_layer")
 MODULES = Modules(
     before=("embedding.word_embeddings", "embedding.position_embeddings"),
-    layer=(
-        "self_attention.core_attention",
-        "self_attention.linear_proj",
-        "self_attention.linear_qkv",
-        "self_attention.q_layernorm",
-        "self_attention.k_layernorm",
-        "mlp.linear_fc1",
-        "mlp.linear_fc2",
-    ),
-    after=("decoder.final_layernorm", "output_layer"),
-    stateful=frozenset(
-        (
-            "self_attention.core_attention",
-            "self_attention.linear_proj",
-            "self_attention.linear_qkv",
-            "self_attention.q_layernorm",
-            "self_attention.k_layernorm",
-            "mlp.linear_fc1",
-            "mlp.linear_fc2",
-            "decoder.final_layernorm",
-            "output_layer",
-        )
-    ),
+    layer=_LAYER,
+    after=_AFTER,
+    stateful=frozenset((*_LAYER, *_AFTER)),
     bare=frozenset(("self_attention.core_attention", "output_layer")),
 )

@@ -253,20 +253,9 @@ class _ZipPlanner:
         before = _LOCAL_HEADER.size + len(name) + len(extra) + 4
         padding = -(header_at - self.start + before) % _ALIGNMENT
         extra += struct.pack("<HH", _PADDING_ID, padding) + b"Z" * padding
-        header = struct.pack(
-            "<4sHHHHHIIIHH",
-            b"PK\x03\x04",
-            _ZIP64_VERSION if size >= _FULL_32 else _STORED_VERSION,
-            _UTF8,
-            0,
-            0,
-            _EPOCH_DATE,
-            checksum,
-            min(size, _FULL_32),
-            min(size, _FULL_32),
-            len(name),
-            len(extra),
-        )
+        version = _ZIP64_VERSION if size >= _FULL_32 else _STORED_VERSION
+        header = struct.pack("<4sH", b"PK\x03\x04", version)
+        header += _shared_fields(name, size, checksum, extra)
         header += name.encode() + extra
         data = content if isinstance(content, bytes) else b""
         self._put(header_at, header + data)
@@ -301,31 +290,21 @@ class _ZipPlanner:
         self._fixed.append((position, data))
 
 
+def _shared_fields(name: str, size: int, checksum: int, extra: bytes) -> bytes:
+    """What a record's header and its entry in the directory say alike."""
+    short = min(size, _FULL_32)
+    names = (len(name), len(extra))
+    return struct.pack("<HHHHIIIHH", _UTF8, 0, 0, _EPOCH_DATE, checksum, short, short, *names)
+
+
 def _directory_entry(name: str, header_at: int, size: int, checksum: int) -> bytes:
     large = [size, size] if size >= _FULL_32 else []
     large += [header_at] if header_at >= _FULL_32 else []
     extra = struct.pack(f"<HH{len(large)}Q", _ZIP64_ID, 8 * len(large), *large) if large else b""
     version = _ZIP64_VERSION if large else _STORED_VERSION
-    entry = struct.pack(
-        "<4sHHHHHHIIIHHHHHII",
-        b"PK\x01\x02",
-        version,
-        version,
-        _UTF8,
-        0,
-        0,
-        _EPOCH_DATE,
-        checksum,
-        min(size, _FULL_32),
-        min(size, _FULL_32),
-        len(name),
-        len(extra),
-        0,
-        0,
-        0,
-        0,
-        min(header_at, _FULL_32),
-    )
+    entry = struct.pack("<4sHH", b"PK\x01\x02", version, version)
+    entry += _shared_fields(name, size, checksum, extra)
+    entry += struct.pack("<HHHII", 0, 0, 0, 0, min(header_at, _FULL_32))
     return entry + name.encode() + extra
 
 
