@@ -12,7 +12,7 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from .architecture import TRAINING_ONLY, Architecture
+from .architecture import Architecture
 from .argument_tables import FOREIGN, NEUTRAL, RENAMED, SETTINGS
 from .arguments import OWN, architecture_from_args, is_neutral
 from .checkpoint import Layout
@@ -106,13 +106,12 @@ def _is_used(a: Architecture, name: str) -> bool:
 
 def _check(wanted: Architecture, said: Architecture) -> None:
     """Hold what the arguments say against what they should."""
-    fields = [n for n in wanted.__dataclass_fields__ if n not in TRAINING_ONLY]
-    lost = [name for name in fields if getattr(wanted, name) != getattr(said, name)]
-    if lost:
+    a, b = wanted.forward_pass(), said.forward_pass()
+    if lost := [name for name in a if a[name] != b.get(name)]:
         raise UnsupportedError(
             "Megatron-Core's arguments cannot describe this model; nothing was written",
-            found=", ".join(f"{name} = {getattr(wanted, name)}" for name in lost),
-            expected=", ".join(f"{name} = {getattr(said, name)}" for name in lost),
+            found=", ".join(f"{name} = {a[name]}" for name in lost),
+            expected=", ".join(f"{name} = {b.get(name)}" for name in lost),
             fix="convert it with --to hf, which can represent it",
         )
 

@@ -19,6 +19,7 @@ from .arguments import OWN
 from .checkpoint import Checkpoint, Layout
 from .dialects import WRITABLE
 from .dialects.modules import Modules
+from .documents import special_tokens
 from .dtypes import DTYPES
 from .errors import UsageError
 from .formats import megatron_torch, megatron_torch_dist
@@ -32,6 +33,7 @@ from .hf_folder import (
     choose_tokenizer,
     main_dtype,
     stored_rows,
+    stored_tokens,
     true_vocabulary,
 )
 from .layouts import Stage, num_chunks, plan_stages
@@ -116,6 +118,7 @@ def plan_conversion(
     warnings = list(checkpoint.warnings)
     words = choose_tokenizer(checkpoint, tokenizer)
     true_size = true_vocabulary(checkpoint, words, vocab_padding, warnings)
+    tokens = special_tokens(words, checkpoint.config or stored_tokens(checkpoint))
     rows = stored_rows(checkpoint)
     needed = rows if vocab_padding == "keep" or true_size is None else true_size
     padded = target.padded_vocab_size(needed)
@@ -129,7 +132,7 @@ def plan_conversion(
     }
     stored = main_dtype(tensors) if dtype == "auto" else dtype
     args = _arguments(checkpoint, architecture, words, stored)
-    args[OWN] = {**_own(args), "rows": min(rows, padded)}
+    args[OWN] = {**_own(args), "rows": min(rows, padded), "special_tokens": tokens}
     trained = checkpoint.iteration is not None and checkpoint.iteration >= 0
     folder = f"iter_{checkpoint.iteration:07d}" if trained else "release"
     writer = _Writer(target, architecture, stages, tensors, args, dtype)
@@ -151,8 +154,16 @@ def plan_conversion(
     )
     documents[TRACKER] = (str(checkpoint.iteration) if trained else "release").encode()
     plan = ConversionPlan(files, documents, checkpoint.replicas)
-    facts = {"vocab_size": padded, "layout": str(target.layout)}
-    return Conversion(checkpoint, plan, facts, stored, words, tuple(warnings))
+    return Conversion(
+        checkpoint=checkpoint,
+        plan=plan,
+        config={"vocab_size": padded, "layout": str(target.layout)},
+        tokens=tokens,
+        dtype=stored,
+        tokenizer=words,
+        warnings=tuple(warnings),
+        model_type="",
+    )
 
 
 def _check_choices(dtype: str, transformer_impl: str | None, divisor: int | None) -> None:
