@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from types import MappingProxyType
 
 from ..architecture import PARAMS_DTYPES, Architecture
 from ..argument_tables import Neutral
@@ -19,8 +18,6 @@ from ..errors import UnsupportedError
 from ..mapping import RuleTable, shorten
 from .fields import Config, Field
 
-_NONE: Mapping[str, Neutral] = MappingProxyType({})
-_NO_CODE: Mapping[str, str] = MappingProxyType({})
 # What every class of transformers has, or had, in its configuration without computing with it.
 _COMMON = frozenset(
     """
@@ -83,13 +80,13 @@ class Family:
     fields: tuple[Field, ...]
     fixed: Mapping[str, object] = field(default_factory=dict)
     defaults: Config = field(default_factory=dict)
-    neutral: Mapping[str, Neutral] = _NONE
+    neutral: Mapping[str, Neutral] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
     limits: tuple[Limit, ...] = ()
     buffers: str = r"(.*\.)?rotary_emb\.inv_freq"
     has_tp_plan: bool = True
     has_attention_backends: bool = True
-    auto_map: Mapping[str, str] = _NO_CODE
+    auto_map: Mapping[str, str] = field(default_factory=dict)
     code: str | None = None
 
     def architecture(self, config: Config) -> Architecture:

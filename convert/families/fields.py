@@ -227,7 +227,7 @@ class Rope:
         if self.partial and (self.percent, a.rotary_percent) != (1, 1):
             rope["partial_rotary_factor"] = float(a.rotary_percent)
         if a.rope_scaling_factor is not None:
-            rope |= {"rope_type": "llama3", "factor": float(a.rope_scaling_factor)} | _LLAMA3
+            rope |= {"rope_type": "llama3", "factor": float(a.rope_scaling_factor), **_LLAMA3}
         elif a.rotary_seq_len_interpolation_factor is not None:
             factor = float(a.rotary_seq_len_interpolation_factor)
             rope |= {"rope_type": "linear", "factor": factor}
