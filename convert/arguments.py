@@ -88,6 +88,7 @@ def architecture_from_args(
         vocab_size=said["vocab_size"] if "vocab_size" in said else true_vocab_size(a),
         position_embedding_type=kind,
         **rotary,
+        **_window(a),
         normalization=_normalization(a),
         layernorm_epsilon=a["layernorm_epsilon"],
         layernorm_zero_centered_gamma=_or(a, "layernorm_zero_centered_gamma", False),
@@ -316,9 +317,40 @@ def _rotary(a: Arguments, said: Arguments, legacy: bool) -> dict[str, object]:
     return {
         "rotary_base": base,
         "rotary_percent": _number(a, "rotary_percent", 1),
+        "rotary_interleaved": a.get("rotary_interleaved") is True and not legacy,
         "rope_scaling_factor": factor if scaled else None,
         name: None if interpolation == 1 else interpolation,
     }
+
+
+def _window(a: Arguments) -> dict[str, object]:
+    """The sliding window and the layers without it (core/transformer/utils.py).
+
+    Raises:
+        UnsupportedError: values that Megatron-Core cannot have computed with.
+    """
+    size, skip = a.get("window_size"), a.get("window_attn_skip_freq")
+    if _is_in(size, OFF):
+        return {}
+    whole = isinstance(size, (list, tuple)) and [type(n) for n in size] == [int, int]
+    if not whole or not _is_skip(skip):
+        raise UnsupportedError(
+            "mtt cannot use this sliding window",
+            found=f"window_size = {_show(size)}, window_attn_skip_freq = {_show(skip)}",
+            expected="two numbers, and a number or a list with 0 or 1 for each layer",
+            fix="say it: --set 'window_size=(127, 0)', or --set window_size=None",
+        )
+    assert isinstance(size, (list, tuple))
+    return {
+        "window_size": tuple(size),
+        "window_attn_skip_freq": tuple(skip) if isinstance(skip, (list, tuple)) else skip,
+    }
+
+
+def _is_skip(value: object) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(type(flag) is int and flag in (0, 1) for flag in value)
+    return value is None or (type(value) is int and value > 0)
 
 
 def _activation(a: Arguments, legacy: bool) -> tuple[str, bool]:

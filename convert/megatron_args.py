@@ -75,6 +75,9 @@ def model_arguments(a: Architecture) -> dict[str, object]:
         "use_rotary_position_embeddings": False,
         "rotary_base": _whole(a.rotary_base),
         "rotary_seq_len_interpolation_factor": _whole(a.rotary_seq_len_interpolation_factor),
+        "rotary_interleaved": a.rotary_interleaved,
+        "window_size": a.window_size,
+        "window_attn_skip_freq": _list(a.window_attn_skip_freq),
         "use_rope_scaling": a.rope_scaling_factor is not None,
         "rope_scaling_factor": a.rope_scaling_factor or _DEFAULT_ROPE_SCALING_FACTOR,
         "group_query_attention": a.num_query_groups != a.num_attention_heads,
@@ -97,6 +100,11 @@ def model_arguments(a: Architecture) -> dict[str, object]:
 def _whole(number: float | None) -> float | int | None:
     """Megatron's flags take whole numbers for what a checkpoint may have with a fraction."""
     return int(number) if number is not None and float(number).is_integer() else number
+
+
+def _list(flags: int | tuple[int, ...] | None) -> int | list[int] | None:
+    """Megatron asks whether it is a list."""
+    return list(flags) if isinstance(flags, tuple) else flags
 
 
 def _is_used(a: Architecture, name: str) -> bool:
@@ -202,6 +210,7 @@ _SWITCHES = {
     "bias_gelu_fusion": "-no-bias-gelu-fusion",
     "use_te_activation_func": "--use-te-activation-func",
     "untie_embeddings_and_output_weights": "--untie-embeddings-and-output-weights",
+    "rotary_interleaved": "--rotary-interleaved",
     "use_rope_scaling": "--use-rope-scaling",
     "fp16": "--fp16",
     "bf16": "--bf16",
@@ -214,7 +223,7 @@ _VALUES = (
 ).split()
 _OPTIONAL_VALUES = (
     "num_layers_per_virtual_pipeline_stage pipeline_model_parallel_layout "
-    "rotary_seq_len_interpolation_factor"
+    "rotary_seq_len_interpolation_factor window_size window_attn_skip_freq"
 ).split()
 
 
@@ -243,6 +252,8 @@ def _flag(name: str) -> str:
 
 
 def _text(value: object) -> str:
+    if isinstance(value, (list, tuple)):  # parsed by Megatron as a Python literal
+        return str(value).replace(" ", "")
     return repr(value) if isinstance(value, float) else str(value)
 
 

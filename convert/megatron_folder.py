@@ -246,7 +246,7 @@ class _Writer:
     def arguments(self, rank: int) -> dict[str, object]:
         """The arguments that a rank stores."""
         layout = layout_arguments(self._architecture, self._target, rank)
-        return {**self._args, **layout}
+        return dict(sorted({**self._args, **layout}.items()))
 
     def models(self) -> list[RankModel]:
         """For `torch`: every rank's state dicts."""

@@ -304,12 +304,19 @@ class SlidingWindow:
 
 @dataclass(frozen=True)
 class LayerWindows:
-    """A window in the layers that `layer_types` or `max_window_layers` name."""
+    """A window in the layers that `layer_types` or `max_window_layers` name.
+
+    A class that is not `switched` has only `sliding_window` and `layer_types`, and where the latter
+    is silent the window is everywhere.
+    """
+
+    switched: bool = True
 
     @property
     def names(self) -> tuple[str, ...]:
         """The switch, the window, and where it is."""
-        return ("use_sliding_window", "sliding_window", "max_window_layers", "layer_types")
+        switch = ("use_sliding_window", "max_window_layers") if self.switched else ()
+        return (*switch, "sliding_window", "layer_types")
 
     def read(self, config: Config) -> dict[str, object]:
         """The window, and the layers that have it.
@@ -317,14 +324,18 @@ class LayerWindows:
         Raises:
             UnsupportedError: a kind of layer mtt does not know, or windows without a size.
         """
-        switched = number("use_sliding_window", config.get("use_sliding_window"), "bool")
+        switched = not self.switched or number(
+            "use_sliding_window", config.get("use_sliding_window"), "bool"
+        )
         size = config.get("sliding_window") if switched else None
         num_layers = number("num_hidden_layers", config.get("num_hidden_layers"), "int")
         types = config.get("layer_types")
         if types is None:
             if size is None:
                 return {}
-            first = number("max_window_layers", config.get("max_window_layers"), "int")
+            first = 0
+            if self.switched:
+                first = number("max_window_layers", config.get("max_window_layers"), "int")
             flags = tuple(int(layer >= first) for layer in range(min(num_layers, 100_000)))
         else:
             flags = _flags(types, num_layers)
@@ -339,8 +350,12 @@ class LayerWindows:
         return {"window_size": _window(size), "window_attn_skip_freq": flags}
 
     def write(self, architecture: Architecture) -> dict[str, object]:
-        """All four, and all saying the same."""
+        """All of them, and all saying the same."""
         flags, window = architecture.windowed_layers, architecture.window_size
+        if not self.switched:
+            if window is None or not any(flags):
+                return {"sliding_window": None, "layer_types": None}
+            return {"sliding_window": window[0] + 1, "layer_types": layer_types(flags)}
         first = flags.index(True) if True in flags else len(flags)
         return {
             "use_sliding_window": any(flags),

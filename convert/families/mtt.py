@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from ..argument_tables import Neutral
 from .family import Family
-from .fields import Choice, Opposite, Rope, Same, Vocabulary, head_size
+from .fields import Choice, LayerWindows, Opposite, Rope, Same, Vocabulary, head_size
 from .names import decoder_rules
 
 FAMILY = Family(
@@ -15,6 +16,9 @@ FAMILY = Family(
         "AutoConfig": "configuration_mtt.MTTConfig",
         "AutoModel": "modeling_mtt.MTTModel",
         "AutoModelForCausalLM": "modeling_mtt.MTTForCausalLM",
+        "AutoModelForQuestionAnswering": "modeling_mtt.MTTForQuestionAnswering",
+        "AutoModelForSequenceClassification": "modeling_mtt.MTTForSequenceClassification",
+        "AutoModelForTokenClassification": "modeling_mtt.MTTForTokenClassification",
     },
     code="modeling_mtt",
     rules=decoder_rules,
@@ -47,6 +51,9 @@ FAMILY = Family(
         ),
         Same("max_position_embeddings", "max_position_embeddings"),
         Rope(partial=True, optional=True),
+        Same("rope_interleave", "rotary_interleaved"),
+        LayerWindows(switched=False),
+        Same("use_parallel_residual", "parallel_residual"),
         Choice(
             ("attention_bias", "attention_out_bias", "mlp_bias"),
             ("add_qkv_bias", "add_bias_linear"),
@@ -73,9 +80,20 @@ FAMILY = Family(
         "attention_out_bias": True,
         "mlp_bias": True,
         "use_qk_norm": False,
+        "rope_interleave": False,
+        "use_parallel_residual": False,
         "tie_word_embeddings": True,
         "attention_dropout": 0.0,
         "hidden_dropout": 0.0,
         "initializer_range": 0.02,
+    },
+    neutral={
+        "shared_layernorm": Neutral("one norm for attention and MLP", (False,)),
+        "apply_residual_connection_post_layernorm": Neutral("residuals after norms", (False,)),
+        "embedding_norm": Neutral("a norm after the embedding", (False,)),
+        "embedding_multiplier": Neutral("scaled embeddings", (1.0, 1)),
+        "residual_multiplier": Neutral("scaled residuals", (1.0, 1)),
+        "attention_multiplier": Neutral("attention scores scaled by another number", (None,)),
+        "logits_scaling": Neutral("scaled logits", (1.0, 1)),
     },
 )

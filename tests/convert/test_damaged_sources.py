@@ -405,9 +405,10 @@ def test_a_folder_of_something_else(tmp_path: Path, out: Path) -> None:
     assert error.found and error.found.count(",") == 5
 
 
-def test_a_converted_folder(root: Path, tmp_path: Path, out: Path) -> None:
-    mtt_convert.convert(root, tmp_path / "hf")
-    refused(tmp_path / "hf", out, UnsupportedError, says="Hugging Face")
+def test_a_converted_folder_that_lost_a_file(root: Path, tmp_path: Path, out: Path) -> None:
+    mtt_convert.convert(root, tmp_path / "hf", max_shard_size="300KB")
+    (tmp_path / "hf" / "model-00002-of-00004.safetensors").unlink()
+    refused(tmp_path / "hf", out, IncompleteError, says="model-00002-of-00004.safetensors")
 
 
 # Ranks that disagree
@@ -835,7 +836,9 @@ def test_weights_of_mixed_types(root: Path, out: Path) -> None:
         ({"mp_rank_00_model_states.pt": ""}, "DeepSpeed"),
         ({".metadata": ""}, "torch.distributed"),
         ({".zmetadata": ""}, "zarr"),
-        ({"config.json": "{}", "model.safetensors": ""}, "Hugging Face"),
+        ({"config.json": "{}", "model.safetensors": ""}, "model_type = None"),
+        ({"model.safetensors": ""}, "without a config.json"),
+        ({"config.json": '{"model_type": "llama"}', "pytorch_model.bin": ""}, "pytorch_model.bin"),
     ],
 )
 def test_formats_known_by_name_only(
