@@ -89,7 +89,7 @@ def test_convert_reports_to_scripts(tmp_path: Path, capsys: pytest.CaptureFixtur
     code, body = run_json(capsys, "convert", SAMPLE, str(tmp_path / "out"))
     assert code == 0
     assert set(body) == SHARED | {"model_type", "exact_model_types"}
-    assert (body["model_type"], body["exact_model_types"]) == ("mtt", [])
+    assert (body["model_type"], body["exact_model_types"]) == ("mtt", ["gpt2"])
     assert body["tensors"] == len(body["hashes"]["model.safetensors"]) == 68
     assert body["dropped"]["tied copy"] == ["output_layer.weight"]
     assert all(len(digest) == 32 for digest in body["hashes"]["model.safetensors"].values())

@@ -6,6 +6,7 @@ heads. So are layouts. Weights are random numbers, padding rows included.
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import tempfile
@@ -16,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
@@ -82,22 +83,32 @@ class Options:
     transformer_impl: str
     make_vocab_size_divisible_by: int = 4
 
-    def fits(self, architecture: Architecture) -> bool:
-        try:
-            plan_stages(architecture, Layout(self.tp, self.pp, self.vpp))
-        except LayoutError:
-            return False
-        return True
+
+def targets(architecture: Architecture) -> st.SearchStrategy[Options]:
+    """Megatron targets that a model can have."""
+    sizes = itertools.product((1, 2, 4), (1, 2, 3), (1, 2))
+    layouts = [Layout(*size) for size in sizes if fits(architecture, Layout(*size))]
+    return st.builds(
+        lambda to, layout, impl: Options(to, layout.tp, layout.pp, layout.vpp, impl),
+        st.sampled_from(["torch", "torch_dist"]),
+        st.sampled_from(layouts),
+        st.sampled_from(["transformer_engine", "local"]),
+    )
 
 
-targets = st.builds(
-    Options,
-    to=st.sampled_from(["torch", "torch_dist"]),
-    tp=st.sampled_from([1, 2, 4]),
-    pp=st.sampled_from([1, 2, 3]),
-    vpp=st.sampled_from([1, 2]),
-    transformer_impl=st.sampled_from(["transformer_engine", "local"]),
-)
+def models_with_targets(num_targets: int) -> st.SearchStrategy:
+    """A model, and a list of so many targets at most."""
+    return architectures().flatmap(
+        lambda a: st.tuples(st.just(a), st.lists(targets(a), min_size=1, max_size=num_targets))
+    )
+
+
+def fits(architecture: Architecture, layout: Layout) -> bool:
+    try:
+        plan_stages(architecture, layout)
+    except LayoutError:
+        return False
+    return True
 
 
 @pytest.fixture(scope="module")
@@ -145,9 +156,9 @@ def weight_files(root: Path) -> dict[str, bytes]:
 
 
 @EXAMPLES
-@given(architecture=architectures(), options=targets, seed=st.integers(0, 2**32))
-def test_hugging_face_to_megatron_and_back(workplace, architecture, options, seed):
-    assume(options.fits(architecture))
+@given(drawn=models_with_targets(1), seed=st.integers(0, 2**32))
+def test_hugging_face_to_megatron_and_back(workplace, drawn, seed):
+    architecture, (options,) = drawn
     root = fresh(workplace)
     model = random_model(architecture, root / "model", seed)
     direct = convert(model, root / "direct")
@@ -162,28 +173,22 @@ def test_hugging_face_to_megatron_and_back(workplace, architecture, options, see
 
 
 @EXAMPLES
-@given(architecture=architectures(), options=targets, seed=st.integers(0, 2**32))
-def test_megatron_to_hugging_face_and_back(workplace, architecture, options, seed):
+@given(drawn=models_with_targets(1), seed=st.integers(0, 2**32))
+def test_megatron_to_hugging_face_and_back(workplace, drawn, seed):
     """In the same layout every file is the same, to the byte."""
-    assume(options.fits(architecture))
+    architecture, (options,) = drawn
     root = fresh(workplace)
     model = random_model(architecture, root / "model", seed)
     first = convert(model, root / "first", options)
     folder = convert(first, root / "hf", vocab_padding="keep")
     again = convert(folder, root / "again", options, vocab_padding="keep")
-    assert weight_files(first).keys() == weight_files(again).keys()
-    assert not mtt_convert.diff(first, again).differences
+    assert weight_files(first) == weight_files(again)
 
 
 @EXAMPLES
-@given(
-    architecture=architectures(),
-    first=targets,
-    steps=st.lists(targets, min_size=1, max_size=3),
-    seed=st.integers(0, 2**32),
-)
-def test_a_chain_of_layouts_ends_where_it_began(workplace, architecture, first, steps, seed):
-    assume(all(step.fits(architecture) for step in (first, *steps)))
+@given(drawn=models_with_targets(4), seed=st.integers(0, 2**32))
+def test_a_chain_of_layouts_ends_where_it_began(workplace, drawn, seed):
+    architecture, (first, *steps) = drawn
     root = fresh(workplace)
     start = convert(random_model(architecture, root / "model", seed), root / "start", first)
     current = start
