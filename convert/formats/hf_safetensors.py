@@ -115,28 +115,34 @@ def plan_files(
 ) -> tuple[tuple[PlannedFile, ...], bytes | None]:
     """Distribute tensors over safetensors files as transformers does.
 
-    Tensors go to files in the order given; in a file they stand by element type and name. So the
-    files are byte for byte those that `save_pretrained` writes, given the order of a class's own
+    Tensors go to files in the order given, those that are too large each to one of its own; in a
+    file they stand by element type and name. So the files are byte for byte those that `save_pretrained` writes, given the order of a class's own
     modules.
 
     Args:
         tensors: output name -> tensor.
         dtype: `auto` keeps each as it is stored; else a floating dtype's name.
-        max_shard_bytes: a file grows beyond this only for a single larger tensor.
+        max_shard_bytes: a file is larger only for a single larger tensor.
 
     Returns:
         The files, and the index document if there is more than one.
     """
-    groups: list[list[tuple[str, LazyTensor, DType]]] = [[]]
+    groups: list[list[tuple[str, LazyTensor, DType]]] = []
+    current: list[tuple[str, LazyTensor, DType]] = []
     size = 0
     for name, tensor in tensors.items():
         target = tensor.dtype if dtype == "auto" else DTYPES[dtype]
         num_bytes = tensor.num_elements * target.itemsize
-        if groups[-1] and size + num_bytes > max_shard_bytes:
-            groups.append([])
-            size = 0
-        groups[-1].append((name, tensor, target))
+        if num_bytes > max_shard_bytes:
+            groups.append([(name, tensor, target)])
+            continue
+        if size + num_bytes > max_shard_bytes:
+            groups.append(current)
+            current, size = [], 0
+        current.append((name, tensor, target))
         size += num_bytes
+    if current:
+        groups.append(current)
     files = tuple(
         _planned_file(_file_name(number, len(groups)), group)
         for number, group in enumerate(groups, start=1)
