@@ -37,6 +37,7 @@ MEGATRON_ONLY = (
     ("--transformer-impl",),
     ("--make-vocab-size-divisible-by",),
 )
+_SOURCE = "Megatron's --save folder, or one iteration, or a Hugging Face folder"
 _EPILOG = """\
 examples:
   mtt demo                                     see the main job on a tiny model
@@ -245,7 +246,7 @@ def _inspect(commands: argparse._SubParsersAction[_Parser]) -> None:
         "mtt inspect /checkpoints/gpt",
         "mtt inspect /checkpoints/gpt --iteration 1000 --json",
     )
-    parser.add_argument("source", metavar="CKPT", help="Megatron's --save folder, or one iteration")
+    parser.add_argument("source", metavar="CKPT", help=_SOURCE)
     _add_source_options(parser)
     _add_json(parser)
 
@@ -254,16 +255,26 @@ def _convert(commands: argparse._SubParsersAction[_Parser]) -> None:
     parser = _command(
         commands,
         "convert",
-        "convert a Megatron checkpoint to a Hugging Face folder",
+        "convert a checkpoint to a Hugging Face folder",
         "mtt convert /checkpoints/gpt out",
         "mtt convert /checkpoints/gpt out --tokenizer gpt2-vocab.json --dtype bfloat16",
         "mtt convert /checkpoints/gpt out --dry-run",
+        "mtt convert /checkpoints/gpt out --model-type auto",
+        "mtt convert llama-folder out --to hf --model-type mtt",
     )
-    parser.add_argument("source", metavar="CKPT", help="Megatron's --save folder, or one iteration")
+    parser.add_argument("source", metavar="CKPT", help=_SOURCE)
     parser.add_argument("target", metavar="OUT", help="a new or empty folder")
-    parser.add_argument("--to", default="hf", choices=("hf",), help="target format (default: hf)")
     parser.add_argument(
-        "--model-type", default="mtt", metavar="NAME", help="Hugging Face family (default: mtt)"
+        "--to",
+        choices=("hf",),
+        help="target format (default: hf; needed if CKPT is a Hugging Face folder)",
+    )
+    parser.add_argument(
+        "--model-type",
+        default="mtt",
+        metavar="NAME",
+        help="class to write: mtt, or llama, qwen2, ... if it computes exactly the same; auto: "
+        "such a class if there is one (default: mtt)",
     )
     parser.add_argument(
         "--dtype",
@@ -318,7 +329,7 @@ def _diff(commands: argparse._SubParsersAction[_Parser]) -> None:
         "mtt diff /checkpoints/tp4 /checkpoints/tp8",
         "mtt diff /checkpoints/gpt out",
     )
-    parser.add_argument("first", metavar="A", help="a Megatron checkpoint or a converted folder")
+    parser.add_argument("first", metavar="A", help="a Megatron checkpoint or a Hugging Face folder")
     parser.add_argument("second", metavar="B", help="another one")
     _add_json(parser)
 

@@ -4,6 +4,7 @@
     reader.open_folder  shards, names as in the files              -> RawCheckpoint
     dialects.detect     canonical names
     topology            layer numbers, joins                       -> Checkpoint
+    hf_source           all of this for a Hugging Face folder      -> Checkpoint
     hf_folder           names and re-layouts of a family, files    -> Conversion, with its plan
     execute.run         bytes                                      -> sink
 
@@ -16,7 +17,7 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from . import dialects, formats, parameters, replicas, topology
+from . import dialects, formats, hf_source, parameters, replicas, topology
 from .architecture import Architecture
 from .arguments import (
     architecture_from_args,
@@ -43,10 +44,10 @@ def open_checkpoint(
     overrides: Mapping[str, object] | None = None,
     skip_keys: Iterable[str] = (),
 ) -> Checkpoint:
-    """Open a Megatron checkpoint: its metadata under canonical names, no tensor bytes.
+    """Open a checkpoint: its metadata under canonical names, no tensor bytes.
 
     Args:
-        path: Megatron's `--save` folder, or one iteration in it.
+        path: Megatron's `--save` folder, or one iteration in it, or a Hugging Face folder.
         iteration: which one; None follows the tracker file.
         overrides: Megatron arguments that replace or complete those in the checkpoint.
         skip_keys: entries that are not part of the model and may be left out.
@@ -55,7 +56,12 @@ def open_checkpoint(
         SourceError: it cannot be used; the subclass and message say why.
         UsageError: something only the user knows is missing.
     """
-    reader, place = formats.find(os.fspath(path), iteration)
+    path = os.fspath(path)
+    if hf_source.is_hf_folder(path):
+        return hf_source.open_hf_folder(
+            path, iteration=iteration, overrides=overrides, skip_keys=skip_keys
+        )
+    reader, place = formats.find(path, iteration)
     raw = reader.open_folder(place, frozenset(skip_keys))
     dialect, shards = _canonical_names(raw)
     tp = 1 + max(shard.tp for shard in shards)
@@ -172,7 +178,7 @@ def convert(
     hash_name: str = "xxh3",
     progress: Progress | None = None,
 ) -> Result:
-    """Convert a Megatron checkpoint to a Hugging Face folder.
+    """Convert a checkpoint, or a Hugging Face folder of another family, to a Hugging Face folder.
 
     Args:
         source: see `open_checkpoint`, with `iteration`, `overrides` and `skip_keys`.

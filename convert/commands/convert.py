@@ -1,4 +1,4 @@
-"""`mtt convert`: Megatron to Hugging Face."""
+"""`mtt convert`: Megatron to Hugging Face, and one Hugging Face family to another."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import argparse
 import os
 import time
 
+from ..checkpoint import Checkpoint
 from ..cli import MEGATRON_ONLY, overrides
 from ..errors import UsageError
 from ..hf_folder import Conversion, plan_conversion
+from ..hf_source import is_hf_folder
 from ..pipeline import check_target, convert, open_checkpoint
 from ..plan import render
 from ..reading import window_size
@@ -72,15 +74,29 @@ def run(args: argparse.Namespace) -> int:
     rate = f"{size(plan.num_bytes)} in {seconds:.1f} s, {size(plan.num_bytes / seconds)}/s"
     print_table(
         (
-            ("from", f"{checkpoint.format}, {checkpoint.layout}, {checkpoint.num_files} files"),
-            ("model", f"{conversion.dtype}, vocabulary {conversion.config['vocab_size']}"),
+            ("from", _source(checkpoint)),
+            ("model", _model(conversion)),
             ("tensors", f"{plan.num_tensors} in {len(plan.files)} files"),
             ("written", rate),
             ("left out", dropped_text(checkpoint.dropped)),
         )
     )
+    for note in conversion.notes:
+        say(f"  {note}")
     print_warnings(conversion.warnings)
     return 0
+
+
+def _source(checkpoint: Checkpoint) -> str:
+    files = f"{checkpoint.num_files} files"
+    if checkpoint.config:
+        return f"{checkpoint.dialect}, {files}"
+    return f"{checkpoint.format}, {checkpoint.layout}, {files}"
+
+
+def _model(conversion: Conversion) -> str:
+    rows = conversion.config["vocab_size"]
+    return f"{conversion.model_type}, {conversion.dtype}, vocabulary {rows}"
 
 
 def default_workers() -> int:
@@ -95,6 +111,14 @@ def default_workers() -> int:
 def _check(args: argparse.Namespace, workers: int) -> None:
     """What is wrong whatever the checkpoint is."""
     check_target(args.source, args.target)
+    if args.to is None:
+        if is_hf_folder(args.source):
+            raise UsageError(
+                "--to is missing: a Hugging Face folder has no usual target",
+                found=f"{args.source}, a Hugging Face folder",
+                fix="--to hf, with --model-type NAME for the family to write",
+            )
+        args.to = "hf"
     given = [
         words[0]
         for words in MEGATRON_ONLY
@@ -124,6 +148,8 @@ def _body(args: argparse.Namespace, conversion: Conversion) -> dict[str, object]
         "bytes": conversion.plan.num_bytes,
         "dropped": {kind: list(names) for kind, names in conversion.checkpoint.dropped.items()},
         "warnings": list(conversion.warnings),
+        "model_type": conversion.model_type,
+        "exact_model_types": list(conversion.exact),
     }
 
 
@@ -146,4 +172,6 @@ def _print_plan(
         say(line)
     say(f"about {size(memory)} of memory for the windows of {workers} workers")
     say(f"{size(plan.num_bytes)} would be written to {args.target}")
+    for note in conversion.notes:
+        say(note)
     print_warnings(conversion.warnings)
