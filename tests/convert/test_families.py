@@ -149,7 +149,7 @@ def test_mtt_and_back_gives_the_same_file(folders: Path, tmp_path: Path, name: s
     assert (tmp_path / "back" / "model.safetensors").read_bytes() == expected
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3", "gpt2", "nemotron"])
 def test_shards_are_those_of_save_pretrained(folders: Path, tmp_path: Path, name: str):
     mtt_convert.convert(
         folders / name, tmp_path / "ours", model_type=MODELS[name][0], max_shard_size="20KB"
