@@ -18,7 +18,7 @@ PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 PYTEST_FLAGS := -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-lowest check format format-check lint types clean
+.PHONY: help demo oracles test test-lowest check format format-check lint types clean
 
 help:
 	@echo "make demo         convert the sample checkpoint and generate from it"
@@ -27,6 +27,7 @@ help:
 	@echo "make format       format the code and sort its imports"
 	@echo "make lint         ruff"
 	@echo "make types        mypy"
+	@echo "make oracles      compare MTT's options with other classes again; see docs/oracles.md"
 	@echo "make test-lowest  run the tests with the lowest supported versions [TORCH=2.11.0]"
 	@echo "make clean        remove the environments, caches and build products"
 	@echo "PYTHON=python3.12 chooses the interpreter, PYTEST_ARGS='-k plan' what to run."
@@ -36,6 +37,9 @@ demo: $(READY)
 
 test: $(READY)
 	$(PYTEST) $(VENV)/bin/python -m pytest $(PYTEST_FLAGS)
+
+oracles: $(READY)
+	$(PYTEST) $(VENV)/bin/python -m tests.modeling_mtt.oracles
 
 check:
 	@$(MAKE) --no-print-directory format-check

@@ -2,6 +2,7 @@
 
     checkpoint = mtt_convert.open_checkpoint(path)      metadata only
     mtt_convert.convert(path, "out")                    a Hugging Face folder
+    mtt_convert.convert(path, "new", to="torch", tp=4)  a Megatron checkpoint of another layout
     model = mtt_convert.from_megatron(path)             MTTForCausalLM without files
 
 Names are loaded on first use, so that importing this package costs nothing.
@@ -32,9 +33,9 @@ if TYPE_CHECKING:
         UnsupportedError,
         UsageError,
     )
-    from .hf_folder import Conversion, plan_conversion
+    from .hf_folder import Conversion
     from .loading import from_megatron
-    from .pipeline import Result, convert, open_checkpoint
+    from .pipeline import Result, convert, open_checkpoint, plan_conversion
 
 _MODULES = {
     "checkpoint": ("Checkpoint",),
@@ -55,8 +56,8 @@ _MODULES = {
         "UsageError",
     ),
     "loading": ("from_megatron",),
-    "hf_folder": ("Conversion", "plan_conversion"),
-    "pipeline": ("Result", "convert", "open_checkpoint"),
+    "hf_folder": ("Conversion",),
+    "pipeline": ("Result", "convert", "open_checkpoint", "plan_conversion"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -6,6 +6,8 @@
         h = h + linear_fc2(activation(linear_fc1(norm(h))))
     logits = output_layer(final_layernorm(h))
 
+With `parallel_residual`, both norms of a layer see the same h, and both results are added to it.
+
 `arguments.py` makes an `Architecture` from a checkpoint; readers, families and writers work with
 nothing else. Sources are paths in megatron-core 0.16.1 unless another is named.
 """
@@ -22,6 +24,15 @@ POSITION_EMBEDDING_TYPES = ("learned_absolute", "rope", "none")
 NORMALIZATIONS = ("LayerNorm", "RMSNorm")
 ACTIVATIONS = ("gelu", "gelu_tanh", "silu", "squared_relu")
 PARAMS_DTYPES = ("float32", "float16", "bfloat16")
+# Fields without a part in the forward pass.
+TRAINING_ONLY = ("attention_dropout", "hidden_dropout", "init_method_std", "params_dtype")
+_ROTARY = (
+    "rotary_base",
+    "rotary_percent",
+    "rotary_interleaved",
+    "rope_scaling_factor",
+    "rotary_seq_len_interpolation_factor",
+)
 
 # What `use_rope_scaling` fixes besides the factor; Megatron has no argument for them.
 # (Source: RotaryEmbedding._apply_scaling, models/common/embeddings/rotary_pos_embedding.py;
@@ -84,6 +95,19 @@ class Architecture:
     rotary_seq_len_interpolation_factor: float | None = None
     """Positions are divided by it before they are rotated (linear scaling); None without."""
 
+    rotary_interleaved: bool = False
+    """Rotated pairs are neighbouring channels; otherwise a channel of the first half of the rotated
+    part pairs with one of the second (_rotate_half, models/common/embeddings/rope_utils.py)."""
+
+    window_size: tuple[int, int] | None = None
+    """Sliding-window attention: tokens seen to the left, the token itself not counted, and to the
+    right, which is 0. transformers' `sliding_window` counts the token itself: it is one more.
+    (Source: get_sliding_window_causal_mask, transformer/utils.py.)"""
+
+    window_attn_skip_freq: int | tuple[int, ...] | None = None
+    """Layers without the window: every N-th, or those with a 0 in a list of all layers; None for no
+    layer (is_layer_window_attention, transformer/utils.py)."""
+
     normalization: str = "LayerNorm"
     """`LayerNorm`, which always has a bias, or `RMSNorm`, which never has."""
 
@@ -109,6 +133,10 @@ class Architecture:
 
     qk_layernorm: bool = False
     """A norm of kind `normalization` on each query and key head, before the rotation."""
+
+    parallel_residual: bool = False
+    """Attention and MLP of a layer read the same residual stream, as in GPT-NeoX; no Megatron-Core
+    computes that."""
 
     untie_embeddings_and_output_weights: bool = False
     """The output layer has a table of its own."""
@@ -170,6 +198,36 @@ class Architecture:
             return 0
         return int(self.kv_channels * self.rotary_percent)
 
+    @property
+    def windowed_layers(self) -> tuple[bool, ...]:
+        """Whether each layer has the window."""
+        skip, layers = self.window_attn_skip_freq, range(1, self.num_layers + 1)
+        if self.window_size is None or skip is None:
+            return (self.window_size is not None,) * self.num_layers
+        if isinstance(skip, int):
+            return tuple(number % skip != 0 for number in layers)
+        return tuple(map(bool, skip))
+
+    def forward_pass(self) -> dict[str, object]:
+        """What is computed, spelled so that two models that compute the same say the same.
+
+        Fields of training are left out, as are those that other fields make meaningless; the
+        vocabulary is the rows that are tokens.
+        """
+        facts = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        for name in (*TRAINING_ONLY, "padded_vocab_size"):
+            del facts[name]
+        facts["vocab_size"] = self.vocab_size or self.padded_vocab_size
+        facts["add_qkv_bias"] = self.has_qkv_bias
+        if self.position_embedding_type != "rope":
+            for name in _ROTARY:
+                del facts[name]
+        flags = self.windowed_layers
+        facts["window_size"] = self.window_size if any(flags) else None
+        skipped = None if all(flags) or not any(flags) else _skip_freq(flags)
+        facts["window_attn_skip_freq"] = skipped
+        return facts
+
     def __post_init__(self) -> None:
         for name in (
             "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups "
@@ -205,6 +263,23 @@ class Architecture:
             "at least 0",
         )
         self._check_rotation()
+        self._check_window()
+
+    def _check_window(self) -> None:
+        window, skip = self.window_size, self.window_attn_skip_freq
+        self._require(
+            window is None or (len(window) == 2 and window[0] >= 0 and window[1] == 0),
+            "an impossible window",
+            "window_size",
+            "(tokens to the left, 0), as a GPT does not see what comes next",
+        )
+        counts = len(skip) == self.num_layers if isinstance(skip, tuple) else True
+        self._require(
+            counts and (not isinstance(skip, int) or skip >= 1),
+            "windows for other layers than there are",
+            "window_attn_skip_freq num_layers",
+            "a number of at least 1, or a 1 or 0 for each layer",
+        )
 
     def _check_rotation(self) -> None:
         self._require(
@@ -242,6 +317,14 @@ class Architecture:
                 expected=expected,
                 fix=f"correct it with --set {names.split()[0]}=VALUE",
             )
+
+
+def _skip_freq(flags: tuple[bool, ...]) -> int | tuple[int, ...]:
+    """`window_attn_skip_freq` for layers with and without a window: a number where one will do."""
+    first = flags.index(False) + 1
+    if first > 1 and flags == tuple(number % first != 0 for number in range(1, len(flags) + 1)):
+        return first
+    return tuple(map(int, flags))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -42,6 +42,9 @@ from .argument_tables import (
 from .dtypes import DType
 from .errors import UnsupportedError, UsageError
 
+OWN = "mtt"
+"""The argument under which mtt stores what Megatron has no argument for."""
+
 
 def architecture_from_args(
     args: Arguments, *, overrides: Arguments = NOTHING, legacy: bool | None = None
@@ -60,7 +63,7 @@ def architecture_from_args(
         UsageError: a needed argument is missing, cannot be trusted, or an override is not one.
     """
     _check_overrides(overrides)
-    said = _said(overrides)
+    said = {**_certain(args), **_said(overrides)}
     a = {**_renamed(args, said), **said}
     _refuse(a)
     _check_types(a, said)
@@ -85,6 +88,7 @@ def architecture_from_args(
         vocab_size=said["vocab_size"] if "vocab_size" in said else true_vocab_size(a),
         position_embedding_type=kind,
         **rotary,
+        **_window(a),
         normalization=_normalization(a),
         layernorm_epsilon=a["layernorm_epsilon"],
         layernorm_zero_centered_gamma=_or(a, "layernorm_zero_centered_gamma", False),
@@ -134,6 +138,16 @@ def _said(overrides: Arguments) -> dict[str, object]:
     if "position_embedding_type" in said:
         said.setdefault("use_rotary_position_embeddings", False)
     return said
+
+
+def _certain(args: Arguments) -> dict[str, object]:
+    """What a checkpoint that mtt wrote says about arguments that Megatron-LM may ignore."""
+    own = args.get(OWN)
+    names = own.get("certain") if isinstance(own, dict) else None
+    if not isinstance(names, list):
+        return {}
+    known = [name for name in names if isinstance(name, str) and name in SETTINGS]
+    return {name: args[name] for name in known if args.get(name) is not None}
 
 
 def _renamed(args: Arguments, said: Arguments) -> dict[str, object]:
@@ -303,9 +317,40 @@ def _rotary(a: Arguments, said: Arguments, legacy: bool) -> dict[str, object]:
     return {
         "rotary_base": base,
         "rotary_percent": _number(a, "rotary_percent", 1),
+        "rotary_interleaved": a.get("rotary_interleaved") is True and not legacy,
         "rope_scaling_factor": factor if scaled else None,
         name: None if interpolation == 1 else interpolation,
     }
+
+
+def _window(a: Arguments) -> dict[str, object]:
+    """The sliding window and the layers without it (core/transformer/utils.py).
+
+    Raises:
+        UnsupportedError: values that Megatron-Core cannot have computed with.
+    """
+    size, skip = a.get("window_size"), a.get("window_attn_skip_freq")
+    if _is_in(size, OFF):
+        return {}
+    whole = isinstance(size, (list, tuple)) and [type(n) for n in size] == [int, int]
+    if not whole or not _is_skip(skip):
+        raise UnsupportedError(
+            "mtt cannot use this sliding window",
+            found=f"window_size = {_show(size)}, window_attn_skip_freq = {_show(skip)}",
+            expected="two numbers, and a number or a list with 0 or 1 for each layer",
+            fix="say it: --set 'window_size=(127, 0)', or --set window_size=None",
+        )
+    assert isinstance(size, (list, tuple))
+    return {
+        "window_size": tuple(size),
+        "window_attn_skip_freq": tuple(skip) if isinstance(skip, (list, tuple)) else skip,
+    }
+
+
+def _is_skip(value: object) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(type(flag) is int and flag in (0, 1) for flag in value)
+    return value is None or (type(value) is int and value > 0)
 
 
 def _activation(a: Arguments, legacy: bool) -> tuple[str, bool]:
@@ -412,12 +457,16 @@ def _params_dtype(a: Arguments) -> str | None:
 def true_vocab_size(args: Arguments) -> int | None:
     """The number of tokens, without padding rows; None if the arguments do not say it.
 
-    Megatron builds only its null and TikToken tokenizers from `vocab_size`; with any other it is
-    just what somebody typed ("before EOD or padding", says its help). The null tokenizers add one
+    A checkpoint that mtt wrote says it under `mtt`. Megatron builds only its null and TikToken
+    tokenizers from `vocab_size`; with any other it is just what somebody typed ("before EOD or
+    padding", says its help). The null tokenizers add one
     for EOD; since core_v0.18, which has `null_tokenizer_eod_id`, the text one does not.
     (Source: training/tokenizer/tokenizer.py; core/tokenizers/utils/build_tokenizer.py and
     text/libraries/null_tokenizer.py at core_v0.18.)
     """
+    own = args.get(OWN)
+    if isinstance(own, dict) and type(own.get("vocab_size")) is int:
+        return _fitting(own["vocab_size"], args)
     size, kind = args.get("vocab_size"), args.get("tokenizer_type")
     if kind == "TikTokenizer" and size is None:
         size = 2**17
@@ -429,6 +478,10 @@ def true_vocab_size(args: Arguments) -> int | None:
         size += 1
     elif kind not in (None, "NullTokenizer", "TikTokenizer"):
         return None
+    return _fitting(size, args)
+
+
+def _fitting(size: int, args: Arguments) -> int | None:
     padded = args.get("padded_vocab_size")
     return size if size >= 1 and not (isinstance(padded, int) and size > padded) else None
 
@@ -527,7 +580,7 @@ def unknown_arguments(args: Arguments) -> list[str]:
 
     They may change the forward pass: worth a warning.
     """
-    known = {*SETTINGS, *NEUTRAL, *LOW_PRECISION, *RENAMED}
+    known = {*SETTINGS, *NEUTRAL, *LOW_PRECISION, *RENAMED, OWN}
     return sorted(
         name
         for name, value in args.items()
@@ -543,6 +596,11 @@ def low_precision(args: Arguments) -> list[str]:
         for name, meaning in LOW_PRECISION.items()
         if not _is_in(args.get(name), (*OFF, "none", "None"))
     ]
+
+
+def is_neutral(name: str, value: object) -> bool:
+    """Whether an argument of NEUTRAL has a value that changes nothing."""
+    return _is_in(value, NEUTRAL[name].values)
 
 
 def is_known(name: str) -> bool:

@@ -88,6 +88,12 @@ class Checkpoint:
     """A model under canonical names: unsharded, global layer numbers, metadata only.
 
     Canonical names are those of Megatron-Core's distributed checkpoints, with numbered layers.
+
+    Attributes:
+        format: `torch`, `torch_dist`, or `hf` for a Hugging Face folder.
+        dialect: whose names the files have: a generation of Megatron, or a family.
+        args: Megatron's arguments; of a Hugging Face folder only where its tokenizer is.
+        config: `config.json` of a Hugging Face folder, else empty.
     """
 
     format: str
@@ -104,6 +110,7 @@ class Checkpoint:
     evidence: tuple[str, ...]
     num_files: int
     iterations: tuple[int, ...]
+    config: Mapping[str, object] = field(default_factory=dict)
 
     @property
     def num_parameters(self) -> int:

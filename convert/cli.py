@@ -27,16 +27,21 @@ from .version import __version__
 EXIT_DIFFERENT, EXIT_BUG, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 70, 130, 143
 _COMMANDS = ("demo", "inspect", "convert", "diff", "verify", "generate")
 _PATHS = {"source": "CKPT", "target": "OUT", "first": "A", "second": "B", "folder": "OUT"}
-MEGATRON_ONLY = (
-    ("--tp", "--tensor-model-parallel-size"),
-    ("--pp", "--pipeline-model-parallel-size"),
-    ("--vpp", "--virtual-pipeline-model-parallel-size"),
-    ("--ep", "--expert-model-parallel-size"),
-    ("--etp", "--expert-tensor-parallel-size"),
-    ("--pipeline-model-parallel-layout",),
-    ("--transformer-impl",),
-    ("--make-vocab-size-divisible-by",),
+MEGATRON_FORMATS = ("torch", "torch_dist")
+_SIZES = (
+    ("--tp", "--tensor-model-parallel-size", "ranks that share every layer"),
+    ("--pp", "--pipeline-model-parallel-size", "stages that share the layers"),
+    ("--vpp", "--virtual-pipeline-model-parallel-size", "parts of a stage"),
+    ("--ep", "--expert-model-parallel-size", "ranks that share the experts"),
+    ("--etp", "--expert-tensor-parallel-size", "ranks that share one expert"),
 )
+LAYOUT_OPTIONS = (
+    *(short for short, _, _ in _SIZES),
+    "--pipeline-model-parallel-layout",
+    "--transformer-impl",
+    "--make-vocab-size-divisible-by",
+)
+_SOURCE = "Megatron's --save folder, or one iteration, or a Hugging Face folder"
 _EPILOG = """\
 examples:
   mtt demo                                     see the main job on a tiny model
@@ -219,6 +224,30 @@ def _add_source_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_layout_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("layout of a Megatron target (sizes are 1 if left out)")
+    for short, long, meaning in _SIZES:
+        group.add_argument(short, long, type=int, metavar="N", help=meaning)
+    group.add_argument(
+        "--pipeline-model-parallel-layout",
+        metavar="LAYOUT",
+        help="a custom pipeline: 'Et*3|t*4|t*4|t*3L' is embedding, layers, loss, | between stages",
+    )
+    group.add_argument(
+        "--transformer-impl",
+        choices=("transformer_engine", "local"),
+        help="whose layers to name the parameters for; default: the source's, else "
+        "transformer_engine",
+    )
+    group.add_argument(
+        "--make-vocab-size-divisible-by",
+        type=int,
+        metavar="N",
+        help="with --tp, what the vocabulary is padded to a multiple of; default: the source's, "
+        "else 128",
+    )
+
+
 def _add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
 
@@ -245,7 +274,7 @@ def _inspect(commands: argparse._SubParsersAction[_Parser]) -> None:
         "mtt inspect /checkpoints/gpt",
         "mtt inspect /checkpoints/gpt --iteration 1000 --json",
     )
-    parser.add_argument("source", metavar="CKPT", help="Megatron's --save folder, or one iteration")
+    parser.add_argument("source", metavar="CKPT", help=_SOURCE)
     _add_source_options(parser)
     _add_json(parser)
 
@@ -254,16 +283,29 @@ def _convert(commands: argparse._SubParsersAction[_Parser]) -> None:
     parser = _command(
         commands,
         "convert",
-        "convert a Megatron checkpoint to a Hugging Face folder",
+        "convert a checkpoint to a Hugging Face folder, or to a Megatron layout",
         "mtt convert /checkpoints/gpt out",
         "mtt convert /checkpoints/gpt out --tokenizer gpt2-vocab.json --dtype bfloat16",
         "mtt convert /checkpoints/gpt out --dry-run",
+        "mtt convert /checkpoints/gpt out --model-type auto",
+        "mtt convert /checkpoints/gpt new --to torch --tp 4 --pp 2",
+        "mtt convert llama-folder new --to torch_dist --tp 8",
+        "mtt convert llama-folder out --to hf --model-type mtt",
     )
-    parser.add_argument("source", metavar="CKPT", help="Megatron's --save folder, or one iteration")
+    parser.add_argument("source", metavar="CKPT", help=_SOURCE)
     parser.add_argument("target", metavar="OUT", help="a new or empty folder")
-    parser.add_argument("--to", default="hf", choices=("hf",), help="target format (default: hf)")
     parser.add_argument(
-        "--model-type", default="mtt", metavar="NAME", help="Hugging Face family (default: mtt)"
+        "--to",
+        choices=("hf", *MEGATRON_FORMATS),
+        help="target format: a Hugging Face folder, or a Megatron checkpoint (default: hf; needed "
+        "if CKPT is a Hugging Face folder)",
+    )
+    parser.add_argument(
+        "--model-type",
+        default="mtt",
+        metavar="NAME",
+        help="class to write: mtt, or llama, qwen2, ... if it computes exactly the same; auto: "
+        "such a class if there is one (default: mtt)",
     )
     parser.add_argument(
         "--dtype",
@@ -283,7 +325,10 @@ def _convert(commands: argparse._SubParsersAction[_Parser]) -> None:
         help="rows that only pad the vocabulary; default: trim if the true size is known",
     )
     parser.add_argument(
-        "--max-shard-size", default="5GB", metavar="SIZE", help="per file (default: 5GB)"
+        "--max-shard-size",
+        default="5GB",
+        metavar="SIZE",
+        help="per file (default: 5GB); a rank of a torch checkpoint is always one file",
     )
     parser.add_argument(
         "--replicated",
@@ -304,9 +349,8 @@ def _convert(commands: argparse._SubParsersAction[_Parser]) -> None:
         "--overwrite", action="store_true", help="replace an earlier conversion in OUT"
     )
     parser.add_argument("--dry-run", action="store_true", help="print the plan and write nothing")
-    for options in MEGATRON_ONLY:  # to be refused with a reason
-        parser.add_argument(*options, help=argparse.SUPPRESS)
     _add_source_options(parser)
+    _add_layout_options(parser)
     _add_json(parser)
 
 
@@ -318,7 +362,7 @@ def _diff(commands: argparse._SubParsersAction[_Parser]) -> None:
         "mtt diff /checkpoints/tp4 /checkpoints/tp8",
         "mtt diff /checkpoints/gpt out",
     )
-    parser.add_argument("first", metavar="A", help="a Megatron checkpoint or a converted folder")
+    parser.add_argument("first", metavar="A", help="a Megatron checkpoint or a Hugging Face folder")
     parser.add_argument("second", metavar="B", help="another one")
     _add_json(parser)
 

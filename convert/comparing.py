@@ -10,11 +10,15 @@ from typing import Any
 import numpy as np
 
 from . import manifest
-from .dtypes import DType
+from .checkpoint import Checkpoint
+from .dtypes import DTYPES, DType
 from .errors import CorruptError, IncompleteError
 from .execute import Progress
-from .families import mtt
+from .families import FAMILIES, Family
 from .formats import hf_safetensors
+from .hf_source import family_of, read_config
+from .ops import TrimVocab
+from .parameters import VOCABULARY
 from .pipeline import open_checkpoint
 from .reading import FileReader, stream, window_size
 from .tensors import LazyTensor
@@ -53,17 +57,15 @@ def diff(
     """Compare two checkpoints of any readable kind, bit by bit.
 
     Two Megatron checkpoints are compared under canonical names; if one is a Hugging Face folder,
-    under its names. Vocabulary padding that only one has is left out, with a note.
+    under its names; if both are and of two families, under canonical names again. Vocabulary
+    padding that only one of them has is left out, with a note.
 
     Raises:
         SourceError: one of them cannot be read.
     """
     a, b = _Side(os.fspath(first)), _Side(os.fspath(second))
     notes: list[str] = []
-    if a.is_hugging_face or b.is_hugging_face:
-        left, right = a.hugging_face(b, notes), b.hugging_face(a, notes)
-    else:
-        left, right = a.canonical(), b.canonical()
+    left, right = _alike(a, b, notes)
     found = [Difference(n, "only_first", f"only in {first}") for n in left if n not in right]
     found += [Difference(n, "only_second", f"only in {second}") for n in right if n not in left]
     common = [name for name in left if name in right]
@@ -82,33 +84,67 @@ def diff(
 
 
 class _Side:
-    """One of two checkpoints, under whichever names the comparison needs."""
+    """One of two checkpoints.
+
+    A folder of safetensors files that is of no family mtt knows is only names and tensors.
+    """
 
     def __init__(self, path: str) -> None:
         self.path = path
         self.is_hugging_face = os.path.isdir(path) and hf_safetensors.holds_model(path)
-        if self.is_hugging_face:
-            self._tensors: Mapping[str, LazyTensor] = hf_safetensors.read_tensors(path)
-        else:
-            self._checkpoint = open_checkpoint(path)
+        self.checkpoint: Checkpoint | None = None
+        if not self.is_hugging_face or _has_family(path):
+            self.checkpoint = open_checkpoint(path)
 
-    def canonical(self) -> Mapping[str, LazyTensor]:
-        return self._checkpoint.tensors
 
-    def hugging_face(self, other: _Side, notes: list[str]) -> Mapping[str, LazyTensor]:
-        if self.is_hugging_face:
-            return self._tensors
-        architecture = self._checkpoint.architecture
-        rows = architecture.vocab_size or architecture.padded_vocab_size
-        table = other._tensors.get("model.embed_tokens.weight") if other.is_hugging_face else None
-        if table is not None and table.shape and table.shape[0] <= architecture.padded_vocab_size:
-            rows = table.shape[0]
-        if rows < architecture.padded_vocab_size:
-            notes.append(
-                f"{self.path}: {rows} of {architecture.padded_vocab_size} vocabulary rows compared"
-            )
-        architecture = replace(architecture, vocab_size=rows)
-        return mtt.rules(architecture).apply(self._checkpoint.tensors, architecture)
+def _has_family(folder: str) -> bool:
+    if not os.path.isfile(os.path.join(folder, "config.json")):
+        return False
+    return read_config(folder).get("model_type") in FAMILIES
+
+
+def _alike(
+    a: _Side, b: _Side, notes: list[str]
+) -> tuple[Mapping[str, LazyTensor], Mapping[str, LazyTensor]]:
+    """The tensors of both under the same names."""
+    if a.checkpoint is None or b.checkpoint is None:
+        for side in (a, b):
+            if not side.is_hugging_face:  # the other one must be of a family, and is not
+                other = b if side is a else a
+                family_of(read_config(other.path), other.path)
+        return hf_safetensors.read_tensors(a.path), hf_safetensors.read_tensors(b.path)
+    checkpoints = (a.checkpoint, b.checkpoint)
+    rows = None
+    padded = {checkpoint.architecture.padded_vocab_size for checkpoint in checkpoints}
+    if len(padded) > 1:
+        rows = min(padded)
+    names = {c.dialect for c in checkpoints if c.config}
+    family = FAMILIES[names.pop()] if len(names) == 1 else None
+    if family and any(family.misfits(checkpoint.architecture) for checkpoint in checkpoints):
+        family = None
+    if names:
+        notes.append("two families: compared under Megatron's names")
+    left, right = (
+        _renamed(side.path, checkpoint, family, rows, notes)
+        for side, checkpoint in zip((a, b), checkpoints, strict=True)
+    )
+    return left, right
+
+
+def _renamed(
+    path: str, checkpoint: Checkpoint, family: Family | None, rows: int | None, notes: list[str]
+) -> Mapping[str, LazyTensor]:
+    """Tensors under a family's names, or canonical ones, with that many vocabulary rows."""
+    architecture, tensors = checkpoint.architecture, checkpoint.tensors
+    if checkpoint.config and checkpoint.dropped:
+        notes.append(f"{path}: not compared: {', '.join(sorted(checkpoint.dropped))}")
+    if rows is not None and rows < architecture.padded_vocab_size:
+        notes.append(f"{path}: {rows} of {architecture.padded_vocab_size} vocabulary rows compared")
+    architecture = replace(architecture, vocab_size=rows or architecture.padded_vocab_size)
+    if family is not None:
+        return family.rules(architecture).apply(tensors, architecture)
+    cut = {name: tensors[name] for name in VOCABULARY if name in tensors}
+    return {**tensors, **{n: TrimVocab().apply((t,), architecture)[0] for n, t in cut.items()}}
 
 
 def _difference(
@@ -186,7 +222,7 @@ def verify(folder: str | os.PathLike[str], *, progress: Progress | None = None) 
     num_tensors = 0
     for name, entry in files.items():
         try:
-            tensors = _file(folder, name, entry, record["hash"])
+            tensors = _file_tensors(folder, name, entry, record["hash"])
         except (CorruptError, IncompleteError) as error:
             problems.append(error.message)
             continue
@@ -208,31 +244,52 @@ def verify(folder: str | os.PathLike[str], *, progress: Progress | None = None) 
 def _documents(folder: str, record: Mapping[str, Any]) -> Iterator[str]:
     for name, expected in record["documents"].items():
         try:
-            with open(os.path.join(folder, os.path.basename(name)), "rb") as file:
+            with open(os.path.join(folder, name), "rb") as file:
                 if manifest.digest(file.read(), record["hash"]) != expected:
                     yield f"{name} was changed since it was written"
         except OSError:
             yield f"{name} is missing"
 
 
-def _file(
+def _file_tensors(
     folder: str, name: str, entry: Mapping[str, Any], algorithm: str
 ) -> dict[str, LazyTensor]:
-    path = os.path.join(folder, os.path.basename(name))
+    """The tensors of a file whose other bytes are what was written."""
+    path = os.path.join(folder, name)
     if not os.path.isfile(path):
         raise IncompleteError(f"{name} is missing")
-    tensors = hf_safetensors.read_file(path)
-    with open(path, "rb") as file:
-        length = 8 + int.from_bytes(file.read(8), "little")
-        file.seek(0)
-        header = file.read(length)
+    if "places" in entry:
+        tensors = {
+            tensor: _bytes_at(path, DTYPES[dtype], offset, size)
+            for tensor, (offset, size, dtype) in entry["places"].items()
+        }
+    else:
+        tensors = hf_safetensors.read_file(path)
     if (
         os.path.getsize(path) != entry["bytes"]
-        or manifest.digest(header, algorithm) != entry["header"]
         or set(tensors) != set(entry["tensors"])
+        or manifest.digest(_bytes_between(path, tensors), algorithm) != entry["header"]
     ):
         raise CorruptError(f"the header of {name} is not what was written")
     return tensors
+
+
+def _bytes_at(path: str, dtype: DType, offset: int, size: int) -> LazyTensor:
+    return LazyTensor.in_file(dtype, (size // dtype.itemsize,), path, offset)
+
+
+def _bytes_between(path: str, tensors: Mapping[str, LazyTensor]) -> bytes:
+    """What belongs to no tensor of a file; each tensor is one block."""
+    parts, position = [], 0
+    blocks = [(t.pieces[0].offset, t.num_bytes) for t in tensors.values() if t.num_bytes]
+    with open(path, "rb") as file:
+        for start, size in sorted(blocks):
+            file.seek(position)
+            parts.append(file.read(max(0, start - position)))
+            position = start + size
+        file.seek(position)
+        parts.append(file.read())
+    return b"".join(parts)
 
 
 def _digest(tensor: LazyTensor, algorithm: str, reader: FileReader) -> tuple[str, bool]:

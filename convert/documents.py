@@ -9,8 +9,10 @@ import importlib.util
 import os
 from collections.abc import Mapping
 
+from .architecture import Architecture
+from .argument_tables import NOTHING
 from .checkpoint import Checkpoint
-from .errors import MTTError
+from .errors import MTTError, SourceError
 from .families import Family
 from .plan import document
 from .tokenizer import Tokenizer
@@ -18,39 +20,66 @@ from .version import __version__
 
 
 def config_json(
-    family: Family, fields: Mapping[str, object], dtype: str, tokenizer: Tokenizer
+    family: Family,
+    fields: Mapping[str, object],
+    dtype: str,
+    tokens: Mapping[str, object],
 ) -> bytes:
     """`config.json`: the model's fields, its classes, and where their code stands."""
     config = {
-        "architectures": [family.CAUSAL_LM],
-        **({"auto_map": family.AUTO_MAP} if family.AUTO_MAP else {}),
-        "model_type": family.NAME,
+        "architectures": [family.causal_lm],
+        **({"auto_map": dict(family.auto_map)} if family.auto_map else {}),
+        "model_type": family.name,
         **fields,
-        **special_tokens(tokenizer),
+        **tokens,
         "dtype": dtype,
         "use_cache": True,
     }
     return document(config)
 
 
-def special_tokens(tokenizer: Tokenizer) -> dict[str, int | None]:
-    """The special tokens as configurations spell them."""
-    return {
+def special_tokens(
+    tokenizer: Tokenizer, config: Mapping[str, object] = NOTHING
+) -> dict[str, object]:
+    """The special tokens as configurations spell them.
+
+    Args:
+        tokenizer: says which there are.
+        config: `config.json` of the source, if it had one; what it says counts.
+    """
+    tokens = {
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
+    return {name: config.get(name, value) for name, value in tokens.items()}
 
 
-def generation_config(tokenizer: Tokenizer) -> dict[str, int]:
+def generation_config(tokens: Mapping[str, object]) -> dict[str, object]:
     """`generation_config.json`: the special tokens generation needs.
 
     Texts are padded with their end where there is no token for it.
     """
-    ids = special_tokens(tokenizer)
-    if ids["pad_token_id"] is None:
-        ids["pad_token_id"] = tokenizer.eos_token_id
+    ids = dict(tokens)
+    if ids["pad_token_id"] is None and isinstance(ids["eos_token_id"], int):
+        ids["pad_token_id"] = ids["eos_token_id"]
     return {name: value for name, value in ids.items() if value is not None}
+
+
+def generation_json(checkpoint: Checkpoint, tokens: Mapping[str, object]) -> bytes:
+    """`generation_config.json`: that of the source as it is, if it has one.
+
+    Raises:
+        SourceError: it cannot be read.
+    """
+    path = os.path.join(checkpoint.folder, "generation_config.json")
+    if not checkpoint.config or not os.path.isfile(path):
+        return document(generation_config(tokens))
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except OSError as error:
+        raise SourceError(f"{path} cannot be read", found=str(error)) from error
 
 
 def modeling_files(family: Family) -> dict[str, bytes]:
@@ -59,12 +88,12 @@ def modeling_files(family: Family) -> dict[str, bytes]:
     Raises:
         MTTError: their package is not installed beside this one.
     """
-    if family.CODE is None:
+    if family.code is None:
         return {}
-    spec = importlib.util.find_spec(family.CODE)
+    spec = importlib.util.find_spec(family.code)
     if spec is None or not spec.submodule_search_locations:
         raise MTTError(
-            f"the package {family.CODE} is missing", fix="install modeling-mtt again: it has both"
+            f"the package {family.code} is missing", fix="install modeling-mtt again: it has both"
         )
     folder = spec.submodule_search_locations[0]
     files = {}
@@ -88,46 +117,57 @@ def source_facts(checkpoint: Checkpoint) -> dict[str, object]:
 
 
 def model_card(
-    checkpoint: Checkpoint, fields: Mapping[str, object], num_parameters: int, dtype: str
+    checkpoint: Checkpoint,
+    family: Family,
+    architecture: Architecture,
+    num_parameters: int,
+    dtype: str,
 ) -> bytes:
     """`README.md`: what the model is, where it came from, how to load it."""
-    facts = source_facts(checkpoint)
+    a, facts = architecture, source_facts(checkpoint)
     samples = checkpoint.args.get("consumed_train_samples")
     length = checkpoint.args.get("seq_length")
+    from_megatron = not checkpoint.config
     rows = [
         ("Parameters", f"{num_parameters:,}"),
-        ("Layers", fields["num_hidden_layers"]),
-        ("Hidden size", fields["hidden_size"]),
-        ("MLP size", f"{fields['intermediate_size']}{', gated' if fields['gated_mlp'] else ''}"),
-        ("Attention heads", f"{fields['num_attention_heads']} of {fields['head_dim']}"),
-        ("Key/value heads", fields["num_key_value_heads"]),
-        ("Activation", fields["hidden_act"]),
-        ("Norm", fields["norm_type"]),
-        ("Positions", f"{fields['position_embedding_type']}, {fields['max_position_embeddings']}"),
-        ("Vocabulary", fields["vocab_size"]),
+        ("Layers", a.num_layers),
+        ("Hidden size", a.hidden_size),
+        ("MLP size", f"{a.ffn_hidden_size}{', gated' if a.gated_linear_unit else ''}"),
+        ("Attention heads", f"{a.num_attention_heads} of {a.kv_channels}"),
+        ("Key/value heads", a.num_query_groups),
+        ("Activation", a.activation),
+        ("Norm", a.normalization),
+        ("Positions", f"{a.position_embedding_type}, {a.max_position_embeddings}"),
+        ("Vocabulary", a.vocab_size or a.padded_vocab_size),
         ("Element type", dtype),
-        ("Source", f"Megatron {facts['format']}, {facts['layout']}"),
-        ("Iteration", "release" if facts["iteration"] is None else facts["iteration"]),
     ]
+    if from_megatron:
+        rows.append(("Source", f"Megatron {facts['format']}, {facts['layout']}"))
+        rows.append(("Iteration", facts["iteration"] or "release"))
+    else:
+        rows.append(("Source", f"Hugging Face {facts['dialect']}"))
     if isinstance(samples, int) and isinstance(length, int) and samples:
         rows.append(("Tokens seen", f"{samples * length:,}"))
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
+    tags = ["mtt", *(["megatron"] if from_megatron else [])] if family.code else ["megatron"]
+    if not from_megatron and not family.code:
+        tags = [family.name]
+    source = "a Megatron checkpoint" if from_megatron else f"a {facts['dialect']} folder"
     text = f"""\
 ---
 library_name: transformers
 pipeline_tag: text-generation
 tags:
-- mtt
-- megatron
+{chr(10).join(f"- {tag}" for tag in tags)}
 ---
 
-# Megatron-Turing model
+# {"Megatron-Turing model" if family.code else family.causal_lm}
 
 | | |
 |---|---|
 {table}
 
-Converted from a Megatron checkpoint by {facts["converted_by"]}; `mtt_manifest.json` has a hash
+Converted from {source} by {facts["converted_by"]}; `mtt_manifest.json` has a hash
 of every tensor, and `mtt verify` compares them with the files.
 
 ## Use
@@ -135,14 +175,17 @@ of every tensor, and `mtt verify` compares them with the files.
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained(path{", trust_remote_code=True" * bool(family.code)})
 tokenizer = AutoTokenizer.from_pretrained(path)
 ```
-
-With `pip install modeling-mtt` and `import modeling_mtt`, `trust_remote_code` is not needed.
-
+{_CODE_NOTE if family.code else ""}
 ## License
 
 To be filled in by whoever publishes this model.
 """
     return text.encode()
+
+
+_CODE_NOTE = """
+With `pip install modeling-mtt` and `import modeling_mtt`, `trust_remote_code` is not needed.
+"""

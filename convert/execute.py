@@ -62,6 +62,9 @@ def run(
     Raises:
         MTTError: whatever a source or the sink raises; other workers stop at their next window.
     """
+    for file in plan.files:
+        if not file.tensors:
+            sink.file_done(file)
     job = _Job(plan, sink, algorithm, progress)
     num_workers = min(num_workers, plan.num_tensors)
     if num_workers <= 1:

@@ -7,29 +7,55 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from .architecture import Architecture
+from .arguments import OWN
 from .checkpoint import Checkpoint
-from .documents import config_json, generation_config, model_card, modeling_files
+from .documents import config_json, generation_json, model_card, modeling_files, special_tokens
 from .dtypes import DTYPES
 from .errors import UsageError
-from .families import FAMILIES
+from .families import FAMILIES, Family, exact_families
 from .formats.hf_safetensors import INDEX, plan_files
-from .plan import ConversionPlan, document, parse_size
+from .plan import ConversionPlan, parse_size
 from .tensors import LazyTensor
 from .tokenizer import Tokenizer, read_tokenizer
 
+AUTO, DEFAULT = "auto", "mtt"
 CAST_DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True, slots=True)
 class Conversion:
-    """A checkpoint with the plan to write it, and what the user should know about it."""
+    """A checkpoint with the plan to write it, and what the user should know about it.
+
+    Attributes:
+        config: the fields of `config.json` that describe the model; of a Megatron target its
+            layout and the rows of its vocabulary.
+        tokens: its special tokens, as configurations spell them.
+        dtype: the element type `config.json` names.
+        model_type: the family that is written; empty for a Megatron target.
+        exact: families of transformers itself that compute exactly the same.
+    """
 
     checkpoint: Checkpoint
     plan: ConversionPlan
     config: Mapping[str, object]
+    tokens: Mapping[str, object]
     dtype: str
     tokenizer: Tokenizer
     warnings: tuple[str, ...]
+    model_type: str = "mtt"
+    exact: tuple[str, ...] = ()
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What else could have been written."""
+        others = [name for name in self.exact if name != self.model_type]
+        family = FAMILIES.get(self.model_type)
+        if family is None or family.code is None or not others:
+            return ()
+        return (
+            f"also exactly a {others[0]}: add --model-type {others[0]} for a folder that needs "
+            f"no {self.model_type} code",
+        )
 
 
 def plan_conversion(
@@ -45,7 +71,8 @@ def plan_conversion(
 
     Args:
         checkpoint: an open checkpoint.
-        model_type: a family of `families/`.
+        model_type: a family of `families/`; or `auto`: one of transformers itself if it computes
+            exactly the same, can be split over devices and lets choose its attention, else `mtt`.
         dtype: `auto` as stored, or one of `CAST_DTYPES`.
         max_shard_size: `5GB` and the like.
         vocab_padding: `trim` the rows that only pad the vocabulary, or `keep` them; None trims
@@ -53,35 +80,76 @@ def plan_conversion(
         tokenizer: path of tokenizer files, `none`, or None for the paths in the arguments.
 
     Raises:
-        UsageError: options that contradict each other or the checkpoint.
+        UsageError: options that contradict each other or the checkpoint, or a family that does
+            not compute what the checkpoint does.
+        UnsupportedError: no family does.
     """
-    if model_type not in FAMILIES:
-        raise UsageError(f"unknown model type {model_type!r}", expected=", ".join(sorted(FAMILIES)))
+    if model_type not in (AUTO, *FAMILIES):
+        names = ", ".join((AUTO, *sorted(FAMILIES)))
+        raise UsageError(f"unknown model type {model_type!r}", expected=names)
     if dtype != "auto" and dtype not in CAST_DTYPES:
         raise UsageError(f"unknown dtype {dtype!r}", expected=f"auto, {', '.join(CAST_DTYPES)}")
-    family = FAMILIES[model_type]
     warnings = list(checkpoint.warnings)
-    words = _tokenizer(checkpoint, tokenizer, warnings)
+    words = choose_tokenizer(checkpoint, tokenizer, warnings)
     architecture = _with_vocabulary(checkpoint, words, vocab_padding, warnings)
+    exact = _preferred(exact_families(architecture), checkpoint)
+    family = _family(model_type, architecture, exact)
     tensors = family.rules(architecture).apply(checkpoint.tensors, architecture)
     files, index = plan_files(tensors, dtype, parse_size(max_shard_size))
     fields = family.config(architecture)
-    stored = _main_dtype(tensors) if dtype == "auto" else dtype
+    stored = main_dtype(tensors) if dtype == "auto" else dtype
     count = sum(tensor.num_elements for tensor in tensors.values())
+    tokens = special_tokens(words, checkpoint.config or stored_tokens(checkpoint))
     documents = {
         **modeling_files(family),
         **words.files,
-        "README.md": model_card(checkpoint, fields, count, stored),
-        "generation_config.json": document(generation_config(words)),
-        "config.json": config_json(family, fields, stored, words),
+        "README.md": model_card(checkpoint, family, architecture, count, stored),
+        "generation_config.json": generation_json(checkpoint, tokens),
+        **({INDEX: index} if index is not None else {}),
+        "config.json": config_json(family, fields, stored, tokens),
     }
-    if index is not None:
-        documents[INDEX] = index
     plan = ConversionPlan(files, documents, checkpoint.replicas)
-    return Conversion(checkpoint, plan, fields, stored, words, tuple(warnings))
+    return Conversion(
+        checkpoint=checkpoint,
+        plan=plan,
+        config=fields,
+        tokens=tokens,
+        dtype=stored,
+        tokenizer=words,
+        warnings=tuple(warnings),
+        model_type=family.name,
+        exact=exact,
+    )
 
 
-def _main_dtype(tensors: Mapping[str, LazyTensor]) -> str:
+def _preferred(exact: tuple[str, ...], checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Exact families, the one the checkpoint came from first."""
+    return tuple(sorted(exact, key=lambda name: name != checkpoint.dialect))
+
+
+def _family(model_type: str, architecture: Architecture, exact: tuple[str, ...]) -> Family:
+    """The family to write.
+
+    Raises:
+        UsageError: the one asked for does not compute the same function.
+    """
+    if model_type == AUTO:
+        able = [FAMILIES[name] for name in exact]
+        able = [f for f in able if f.has_tp_plan and f.has_attention_backends]
+        return able[0] if able else FAMILIES[DEFAULT]
+    family = FAMILIES[model_type]
+    misfits = () if family.code else family.misfits(architecture)
+    if misfits:
+        raise UsageError(
+            f"this model is not exactly a {model_type}; nothing was written",
+            found="; ".join(misfits),
+            expected=f"what {family.causal_lm} computes",
+            fix=f"--model-type {exact[0] if exact else DEFAULT}, which computes exactly the same",
+        )
+    return family
+
+
+def main_dtype(tensors: Mapping[str, LazyTensor]) -> str:
     """The dtype most bytes have: `config.json` names one."""
     sizes = dict.fromkeys(DTYPES, 0)
     for tensor in tensors.values():
@@ -89,8 +157,13 @@ def _main_dtype(tensors: Mapping[str, LazyTensor]) -> str:
     return max(sizes, key=lambda name: sizes[name])
 
 
-def _tokenizer(checkpoint: Checkpoint, choice: str | None, warnings: list[str]) -> Tokenizer:
-    """The tokenizer asked for, or the one the arguments name if its files are here."""
+def choose_tokenizer(
+    checkpoint: Checkpoint, choice: str | None, warnings: list[str] | None = None
+) -> Tokenizer:
+    """The tokenizer asked for, or the one the arguments name if its files are here.
+
+    What is missing is said in `warnings`, where the target needs a tokenizer.
+    """
     if choice == "none":
         return Tokenizer()
     if choice is not None:
@@ -102,7 +175,11 @@ def _tokenizer(checkpoint: Checkpoint, choice: str | None, warnings: list[str]) 
         for candidate in (path, *(os.path.join(root, path) for root in roots)):
             if os.path.exists(candidate):
                 return read_tokenizer(candidate)
-    if paths:
+    if warnings is None:
+        return Tokenizer()
+    if checkpoint.config:
+        warnings.append("the folder has no tokenizer mtt can read: add its files with --tokenizer")
+    elif paths:
         warnings.append(
             f"the tokenizer the checkpoint names, {paths[0]}, is not here: "
             "add its files with --tokenizer"
@@ -118,7 +195,27 @@ def _with_vocabulary(
     """The architecture with the vocabulary size that will be written."""
     architecture = checkpoint.architecture
     padded = architecture.padded_vocab_size
-    size = architecture.vocab_size or words.vocab_size
+    size = true_vocabulary(checkpoint, words, vocab_padding, warnings)
+    if vocab_padding == "keep":
+        return replace(architecture, vocab_size=stored_rows(checkpoint))
+    if size is None:
+        warnings.append(
+            f"the vocabulary keeps its {padded} rows, padding included: "
+            "give --tokenizer or --set vocab_size=N to trim it"
+        )
+    return replace(architecture, vocab_size=size or padded)
+
+
+def true_vocabulary(
+    checkpoint: Checkpoint, words: Tokenizer, vocab_padding: str | None, warnings: list[str]
+) -> int | None:
+    """The number of tokens, from the checkpoint or its tokenizer; None if neither says it.
+
+    Raises:
+        UsageError: the tokenizer is another model's, or padding shall go and nobody knows how much.
+    """
+    padded = checkpoint.architecture.padded_vocab_size
+    size = checkpoint.architecture.vocab_size or words.vocab_size
     if words.vocab_size is not None and words.vocab_size > padded:
         raise UsageError(
             "the tokenizer does not belong to this model",
@@ -126,20 +223,37 @@ def _with_vocabulary(
             expected=f"at most {padded}, the rows of the embedding",
             fix="give the tokenizer the model was trained with",
         )
-    if size is not None and words.vocab_size is not None and words.vocab_size != size:
+    # Hugging Face tables often have more rows than there are tokens; nobody takes them for tokens.
+    unlike = words.vocab_size is not None and words.vocab_size != size and not checkpoint.config
+    if size is not None and words.vocab_size is not None and unlike:
         warnings.append(f"the tokenizer has {words.vocab_size} tokens, the checkpoint says {size}")
         size = max(size, words.vocab_size)
-    if vocab_padding == "keep":
-        return replace(architecture, vocab_size=padded)
     if size is None and vocab_padding == "trim":
         raise UsageError(
             "the true vocabulary size is not in the checkpoint",
             found=f"{padded} rows, some of them may be padding",
             fix="give --tokenizer, or --set vocab_size=N",
         )
-    if size is None:
-        warnings.append(
-            f"the vocabulary keeps its {padded} rows, padding included: "
-            "give --tokenizer or --set vocab_size=N to trim it"
-        )
-    return replace(architecture, vocab_size=size or padded)
+    return size
+
+
+def stored_rows(checkpoint: Checkpoint) -> int:
+    """Rows of the embedding that hold something, be it padding: mtt says how many it added."""
+    own, padded = checkpoint.args.get(OWN), checkpoint.architecture.padded_vocab_size
+    rows = own.get("rows") if isinstance(own, dict) else None
+    return rows if type(rows) is int and 1 <= rows <= padded else padded
+
+
+def stored_tokens(checkpoint: Checkpoint) -> Mapping[str, object]:
+    """The special tokens that mtt stored beside Megatron's arguments."""
+    own = checkpoint.args.get(OWN)
+    tokens = own.get("special_tokens") if isinstance(own, dict) else None
+    if not isinstance(tokens, dict):
+        return {}
+    return {n: v for n, v in tokens.items() if n in special_tokens(Tokenizer()) and _is_token(v)}
+
+
+def _is_token(value: object) -> bool:
+    if isinstance(value, list):
+        return bool(value) and all(type(item) is int for item in value)
+    return value is None or type(value) is int

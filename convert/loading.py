@@ -9,11 +9,10 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from . import replicas
-from .documents import generation_config, special_tokens
+from .documents import generation_config
 from .errors import MTTError, UsageError
 from .execute import Progress, run
-from .hf_folder import plan_conversion
-from .pipeline import open_checkpoint
+from .pipeline import open_checkpoint, plan_conversion
 from .plan import PlannedFile, PlannedTensor
 
 if TYPE_CHECKING:
@@ -111,8 +110,8 @@ def from_megatron(
         _LOGGER.warning(warning)
     sink = TensorSink()
     run(conversion.plan, sink, num_workers=num_workers, algorithm="none", progress=progress)
-    ids = special_tokens(conversion.tokenizer)
-    config = MTTConfig(**{**conversion.config, **ids, "dtype": conversion.dtype, **kwargs})
+    fields = {**conversion.config, **conversion.tokens, "dtype": conversion.dtype, **kwargs}
+    config = MTTConfig(**fields)
     with init_empty_weights(include_buffers=False):
         model = MTTForCausalLM(config)
     missing, unexpected = model.load_state_dict(sink.tensors, strict=False, assign=True)
@@ -120,6 +119,6 @@ def from_megatron(
     if unexpected or set(missing) - tied:
         raise MTTError(f"the model and the plan disagree: {sorted(missing)} {unexpected}")
     model.tie_weights()
-    model.generation_config = GenerationConfig(**generation_config(conversion.tokenizer))
+    model.generation_config = GenerationConfig(**generation_config(conversion.tokens))
     model.eval()
     return model

@@ -2,8 +2,11 @@
 
     {"schema": 1, "status": "running" | "complete", "hash": "xxh3_128", "source": {...},
      "files": {name: {"status": "pending" | "complete", "bytes": n, "header": hash,
-                      "tensors": {name: hash}}},
+                      "tensors": {name: hash}, "places": {name: [offset, bytes, dtype]}}},
      "documents": {name: hash}}
+
+`header` is the hash of all bytes that belong to no tensor. `places` says where tensors stand in
+files that are no safetensors, which say so themselves.
 
 It stands in the folder from the beginning, is replaced as files are completed, and holds
 neither times nor paths: the same input gives the same bytes.
@@ -15,16 +18,20 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from typing import Any, Protocol, cast
 
 import xxhash
 
+from .dtypes import DTYPES
 from .errors import CorruptError, NotACheckpointError, SourceError, UsageError
-from .plan import document
+from .plan import PlannedFile, document
 
 NAME = "mtt_manifest.json"
 SCHEMA = 1
+# The only subfolders mtt writes to: what a manifest names is replaced by `--overwrite`.
+_BELOW = re.compile(r"((iter_\d{7,}|release)(/mp_rank_[\d_]+)?|tokenizer)/[^/]+")
 ALGORITHMS = {"xxh3": "xxh3_128", "sha256": "sha256", "none": "none"}
 
 
@@ -61,6 +68,19 @@ def new_hasher(algorithm: str) -> Hasher:
     raise UsageError(f"unknown hash {algorithm!r}", expected=", ".join(ALGORITHMS))
 
 
+def planned_file(file: PlannedFile) -> dict[str, Any]:
+    """The entry of a file that is still to be written."""
+    entry: dict[str, Any] = {
+        "status": "pending",
+        "bytes": file.num_bytes,
+        "header": "",
+        "tensors": {tensor.name: "" for tensor in file.tensors},
+    }
+    if not file.name.endswith(".safetensors"):
+        entry["places"] = {t.name: [t.offset, t.num_bytes, t.dtype.name] for t in file.tensors}
+    return entry
+
+
 def digest(data: bytes, algorithm: str) -> str:
     """The hash of one byte string; small as they are, they are hashed even under `none`."""
     hasher = new_hasher("xxh3_128" if algorithm == "none" else algorithm)
@@ -89,13 +109,16 @@ def _check(manifest: Any) -> None:
         raise ValueError(f"hash {manifest['hash']!r}")
     if manifest["status"] not in ("running", "complete") or not manifest["files"]:
         raise ValueError(f"status {manifest['status']!r}, {len(manifest['files'])} files")
-    names = [*manifest["files"], *manifest["documents"].keys()]
-    if any(os.path.basename(name) != name for name in names):
-        raise ValueError("a file elsewhere")
+    for name in (*manifest["files"], *manifest["documents"].keys()):
+        if os.path.basename(name) != name and not _BELOW.fullmatch(name):
+            raise ValueError("a file elsewhere")
     for entry in manifest["files"].values():
         if not isinstance(entry["bytes"], int) or not isinstance(entry["header"], str):
             raise TypeError(f"a file of {entry['bytes']!r} bytes")
         entry["tensors"].items()
+        for offset, size, dtype in entry.get("places", {}).values():
+            if not (0 <= offset <= offset + size <= entry["bytes"]) or dtype not in DTYPES:
+                raise ValueError(f"{size!r} bytes of {dtype!r} at {offset!r}")
 
 
 def read(folder: str) -> dict[str, Any]:

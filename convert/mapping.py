@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from .architecture import Architecture
+from .boxes import Ints
 from .errors import MappingError
 from .ops import Op, Same
 from .tensors import LazyTensor
@@ -116,14 +117,37 @@ class RuleTable:
     ) -> dict[str, LazyTensor]:
         """Rename and re-lay all tensors; nothing is read.
 
+        Returns:
+            Tensors in the order of the table: layer by layer, and in a layer rule by rule.
+
         Raises:
             MappingError: see `resolve`.
         """
-        result: dict[str, LazyTensor] = {}
+        result: list[tuple[Ints, str, LazyTensor]] = []
         for match in self.resolve(tensors):
             parts = match.rule.op.apply(tuple(tensors[s] for s in match.sources), architecture)
-            result.update(zip(match.targets, parts, strict=True))
-        return result
+            places = self._places(match)
+            result.extend(zip(places, match.targets, parts, strict=True))
+        return {name: tensor for _, name, tensor in sorted(result, key=lambda item: item[0])}
+
+    def _places(self, match: Match) -> list[Ints]:
+        """Where each target of a match stands among all."""
+        number, (first, last) = self._numbers[match.rule], self._layer_rules
+        hit = match.rule.patterns[0].fullmatch(match.sources[0])
+        values = hit.groupdict() if hit else {}
+        block = 0 if number < first else 1 if number <= last else 2
+        layer, is_bias = int(values.get("i", 0)), int(values.get("p") == "bias")
+        return [(block, layer, number, part, is_bias) for part in range(len(match.targets))]
+
+    @cached_property
+    def _numbers(self) -> dict[Rule, int]:
+        return {rule: number for number, rule in enumerate(self.rules)}
+
+    @cached_property
+    def _layer_rules(self) -> tuple[int, int]:
+        """The first and the last rule of a layer."""
+        numbers = [n for n, rule in enumerate(self.rules) if "{i}" in rule.source]
+        return (numbers[0], numbers[-1]) if numbers else (len(self.rules), -1)
 
 
 def shorten(names: Iterable[str], limit: int = 8) -> str:

@@ -82,6 +82,71 @@ class MergeQKV:
 
 
 @dataclass(frozen=True)
+class ConcatQKV:
+    """q, k, v -> one matrix with all queries first, as in GPT-2's `c_attn` before transposing."""
+
+    @property
+    def inverse(self) -> Op:
+        """Take apart again."""
+        return ChunkQKV()
+
+    def apply(self, tensors: Tensors, architecture: Architecture) -> Tensors:
+        """[g * r * d, ...], [g * d, ...], [g * d, ...] -> [g * (r + 2) * d, ...]."""
+        return (concat(tensors),)
+
+
+@dataclass(frozen=True)
+class ChunkQKV:
+    """One matrix with all queries first -> q, k, v."""
+
+    @property
+    def inverse(self) -> Op:
+        """Join again."""
+        return ConcatQKV()
+
+    def apply(self, tensors: Tensors, architecture: Architecture) -> Tensors:
+        """One tensor [g * (r + 2) * d, ...] -> [g * r * d, ...], [g * d, ...], [g * d, ...]."""
+        groups, per_group, channels = _qkv(architecture)
+        parts, start = [], 0
+        for heads in (groups * per_group, groups, groups):
+            parts.append(tensors[0].narrow(0, start, heads * channels))
+            start += heads * channels
+        return tuple(parts)
+
+
+@dataclass(frozen=True)
+class Transpose:
+    """[out, in] -> [in, out], as transformers' `Conv1D` stores matrices."""
+
+    @property
+    def inverse(self) -> Op:
+        """Itself."""
+        return self
+
+    def apply(self, tensors: Tensors, architecture: Architecture) -> Tensors:
+        """Matrices with their axes exchanged."""
+        return tuple(tensor.permute(1, 0) for tensor in tensors)
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Ops one after the other."""
+
+    ops: tuple[Op, ...]
+
+    @property
+    def inverse(self) -> Op:
+        """Their inverses in the opposite order."""
+        return Chain(tuple(op.inverse for op in reversed(self.ops)))
+
+    def apply(self, tensors: Tensors, architecture: Architecture) -> Tensors:
+        """The tensors of the last one."""
+        for op in self.ops:
+            tensors = op.apply(tensors, architecture)
+        return tensors
+
+
+@dataclass(frozen=True)
 class SplitGated:
     """`linear_fc1` of a gated MLP -> gate, up."""
 
@@ -136,11 +201,16 @@ class PadVocab:
     def apply(self, tensors: Tensors, architecture: Architecture) -> Tensors:
         """[vocab_size, ...] -> [padded_vocab_size, ...]."""
         (tensor,) = tensors
-        missing = architecture.padded_vocab_size - tensor.shape[0]
-        if missing == 0:
-            return tensors
-        return (concat([tensor, zeros(tensor.dtype, (missing, *tensor.shape[1:]))]),)
+        return (resize_rows(tensor, tensor.shape[0], architecture.padded_vocab_size),)
 
 
 def _qkv(architecture: Architecture) -> tuple[int, int, int]:
     return architecture.num_query_groups, architecture.heads_per_group, architecture.kv_channels
+
+
+def resize_rows(tensor: LazyTensor, num_kept: int, num_rows: int) -> LazyTensor:
+    """The first `num_kept` rows of a tensor, and rows of zeros up to `num_rows`."""
+    kept = tensor.narrow(0, 0, num_kept)
+    if num_rows == num_kept:
+        return kept
+    return concat([kept, zeros(tensor.dtype, (num_rows - num_kept, *tensor.shape[1:]))])

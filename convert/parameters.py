@@ -123,6 +123,8 @@ PARAMETERS = (
         when=lambda a: a.untie_embeddings_and_output_weights,
     ),
 )
+# Those with a row per token.
+VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
 _BY_NAME = {parameter.name: parameter for parameter in PARAMETERS}
 _LAYER = re.compile(r"(?<=^decoder\.layers\.)\d+(?=\.)")
 

@@ -4,7 +4,9 @@
     reader.open_folder  shards, names as in the files              -> RawCheckpoint
     dialects.detect     canonical names
     topology            layer numbers, joins                       -> Checkpoint
+    hf_source           all of this for a Hugging Face folder      -> Checkpoint
     hf_folder           names and re-layouts of a family, files    -> Conversion, with its plan
+    megatron_folder     ranks' parts, arguments, files             -> or this one
     execute.run         bytes                                      -> sink
 
 Until the last line nothing but metadata is read.
@@ -15,8 +17,18 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any, TypedDict, Unpack
 
-from . import dialects, formats, parameters, replicas, topology
+from . import (
+    dialects,
+    formats,
+    hf_folder,
+    hf_source,
+    megatron_folder,
+    parameters,
+    replicas,
+    topology,
+)
 from .architecture import Architecture
 from .arguments import (
     architecture_from_args,
@@ -30,7 +42,7 @@ from .documents import (
 )
 from .errors import InconsistentError, UnsupportedError, UsageError
 from .execute import Progress, run
-from .hf_folder import Conversion, plan_conversion
+from .hf_folder import Conversion
 from .manifest import ALGORITHMS
 from .mapping import shorten
 from .target import FolderSink
@@ -43,10 +55,10 @@ def open_checkpoint(
     overrides: Mapping[str, object] | None = None,
     skip_keys: Iterable[str] = (),
 ) -> Checkpoint:
-    """Open a Megatron checkpoint: its metadata under canonical names, no tensor bytes.
+    """Open a checkpoint: its metadata under canonical names, no tensor bytes.
 
     Args:
-        path: Megatron's `--save` folder, or one iteration in it.
+        path: Megatron's `--save` folder, or one iteration in it, or a Hugging Face folder.
         iteration: which one; None follows the tracker file.
         overrides: Megatron arguments that replace or complete those in the checkpoint.
         skip_keys: entries that are not part of the model and may be left out.
@@ -55,7 +67,12 @@ def open_checkpoint(
         SourceError: it cannot be used; the subclass and message say why.
         UsageError: something only the user knows is missing.
     """
-    reader, place = formats.find(os.fspath(path), iteration)
+    path = os.fspath(path)
+    if hf_source.is_hf_folder(path):
+        return hf_source.open_hf_folder(
+            path, iteration=iteration, overrides=overrides, skip_keys=skip_keys
+        )
+    reader, place = formats.find(path, iteration)
     raw = reader.open_folder(place, frozenset(skip_keys))
     dialect, shards = _canonical_names(raw)
     tp = 1 + max(shard.tp for shard in shards)
@@ -144,6 +161,19 @@ def _unknown_arguments(raw: RawCheckpoint) -> list[str]:
     ]
 
 
+class LayoutOptions(TypedDict, total=False):
+    """Options of a Megatron target; None is as good as absent."""
+
+    tp: int | None
+    pp: int | None
+    vpp: int | None
+    ep: int | None
+    etp: int | None
+    pipeline_model_parallel_layout: str | None
+    transformer_impl: str | None
+    make_vocab_size_divisible_by: int | None
+
+
 @dataclass(frozen=True, slots=True)
 class Result:
     """What `convert` did."""
@@ -171,25 +201,29 @@ def convert(
     overwrite: bool = False,
     hash_name: str = "xxh3",
     progress: Progress | None = None,
+    **layout: Unpack[LayoutOptions],
 ) -> Result:
-    """Convert a Megatron checkpoint to a Hugging Face folder.
+    """Convert a checkpoint to a Hugging Face folder, or to a Megatron checkpoint of any layout.
 
     Args:
         source: see `open_checkpoint`, with `iteration`, `overrides` and `skip_keys`.
         target: an empty or new folder.
-        to: `hf`.
-        model_type, dtype, max_shard_size, vocab_padding, tokenizer: see `plan_conversion`.
+        to: `hf`, `torch` or `torch_dist`.
+        model_type: see `hf_folder.plan_conversion`; only for `hf`.
+        dtype, max_shard_size, vocab_padding, tokenizer: see `plan_conversion` of `hf_folder` and
+            `megatron_folder`.
         replicated: `error` if ranks hold different copies of a parameter, or take the `first`.
         num_workers: threads; each holds about 2 MB.
         overwrite: replace an earlier conversion in `target`.
         hash_name: `xxh3`, `sha256` or `none`.
         progress: called with (bytes done, bytes in all).
+        layout: see `megatron_folder.plan_conversion`; only for `torch` and `torch_dist`.
 
     Raises:
         SourceError, TargetError, UsageError: nothing that looks whole is left behind.
     """
     source, target = os.fspath(source), os.fspath(target)
-    _check_choice("target format", to, ("hf",))
+    _check_choice("target format", to, ("hf", *megatron_folder.FORMATS))
     _check_choice("way to treat replicated tensors", replicated, replicas.POLICIES)
     _check_choice("hash", hash_name, tuple(ALGORITHMS))
     if num_workers < 1:
@@ -200,11 +234,13 @@ def convert(
     )
     conversion = plan_conversion(
         checkpoint,
+        to=to,
         model_type=model_type,
         dtype=dtype,
         max_shard_size=max_shard_size,
         vocab_padding=vocab_padding,
         tokenizer=tokenizer,
+        **layout,
     )
     algorithm = ALGORITHMS[hash_name]
     sink = FolderSink(
@@ -223,6 +259,47 @@ def convert(
     hashes = {name: file["tensors"] for name, file in sink.manifest["files"].items()}
     conversion = replace(conversion, warnings=(*conversion.warnings, *differences))
     return Result(sink.folder, conversion, hashes)
+
+
+def plan_conversion(
+    checkpoint: Checkpoint,
+    *,
+    to: str = "hf",
+    model_type: str = "mtt",
+    dtype: str = "auto",
+    max_shard_size: str = "5GB",
+    vocab_padding: str | None = None,
+    tokenizer: str | None = None,
+    **layout: Unpack[LayoutOptions],
+) -> Conversion:
+    """Decide everything about a conversion; nothing is written. For arguments see `convert`.
+
+    Raises:
+        UsageError: options that contradict each other or the checkpoint.
+        SourceError: the target cannot represent the model.
+    """
+    if to == "hf" and (given := [name for name, value in layout.items() if value is not None]):
+        raise UsageError(
+            f"{', '.join(given)}: a layout is only for a Megatron target",
+            expected="a Hugging Face folder has no layout",
+            fix=f"leave out {', '.join(given)}, or convert to torch or torch_dist",
+        )
+    common: dict[str, Any] = {
+        "dtype": dtype,
+        "max_shard_size": max_shard_size,
+        "vocab_padding": vocab_padding,
+        "tokenizer": tokenizer,
+    }
+    if to == "hf":
+        return hf_folder.plan_conversion(checkpoint, model_type=model_type, **common)
+    if model_type != "mtt":
+        raise UsageError(
+            "a model type is only for a Hugging Face target",
+            found=f"{model_type}, to {to}",
+            fix="leave it out, or convert to hf",
+        )
+    sizes: dict[str, Any] = {name: size for name, size in layout.items() if size is not None}
+    return megatron_folder.plan_conversion(checkpoint, to=to, **common, **sizes)
 
 
 def check_target(source: str, target: str) -> None:

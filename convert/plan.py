@@ -13,6 +13,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from .boxes import Ints
 from .checkpoint import Replicas
 from .dtypes import DType
 from .errors import UsageError
@@ -32,12 +33,14 @@ class PlannedTensor:
         source: where its elements come from, in the dtype they are stored in.
         dtype: the dtype it is written in.
         offset: position of its first byte in the file.
+        checksum_at: positions in the file that take the CRC-32 of its bytes, 4 bytes each.
     """
 
     name: str
     source: LazyTensor
     dtype: DType
     offset: int
+    checksum_at: Ints = ()
 
     @property
     def num_bytes(self) -> int:
@@ -47,16 +50,24 @@ class PlannedTensor:
 
 @dataclass(frozen=True, slots=True)
 class PlannedFile:
-    """A file: the bytes it begins with, and the tensors behind them."""
+    """A file: bytes that are known beforehand, and the tensors between them.
+
+    Attributes:
+        name: its path below the output folder.
+        fixed: position -> bytes, without overlap.
+        tensors: in the order of their offsets.
+    """
 
     name: str
-    header: bytes
+    fixed: tuple[tuple[int, bytes], ...]
     tensors: tuple[PlannedTensor, ...]
 
     @property
     def num_bytes(self) -> int:
         """Size of the file."""
-        return len(self.header) + sum(tensor.num_bytes for tensor in self.tensors)
+        ends = [position + len(data) for position, data in self.fixed]
+        ends += [tensor.offset + tensor.num_bytes for tensor in self.tensors]
+        return max(ends, default=0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +76,8 @@ class ConversionPlan:
 
     Attributes:
         files: weight files, in order.
-        documents: small files by name: configuration, tokenizer, code, card.
+        documents: small files by name, in the order they are written: the last one makes the
+            folder whole.
         replicas: copies to compare before anything is written.
     """
 

@@ -2,7 +2,7 @@
 
     OUT/.mtt.lock                    held while a conversion runs
         mtt_manifest.json            from the beginning
-        model-....safetensors.part   renamed when the file is complete
+        model-....safetensors.part   renamed when the file is complete; in subfolders too
         config.json, index, ...      last: without them nothing loads the folder
 
 A failed run removes what it wrote. Files that `--overwrite` replaces wait in `.mtt.replaced`
@@ -11,12 +11,14 @@ until the new ones are whole, and come back if the run fails.
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import errno
 import fcntl
 import os
 import shutil
 import threading
+import zlib
 from types import TracebackType
 from typing import Any
 
@@ -43,6 +45,8 @@ class FolderSink:
         self._plan, self._algorithm, self._overwrite = plan, algorithm, overwrite
         self._mutex = threading.Lock()
         self._open: dict[str, int] = {}
+        self._fixed: dict[str, dict[int, bytearray]] = {}
+        self._checksums: dict[tuple[str, str], int] = {}
         self._written: list[str] = []
         self._made_folders: list[str] = []
         self._lock_file = -1
@@ -52,15 +56,7 @@ class FolderSink:
             "status": "running",
             "hash": algorithm,
             "source": source,
-            "files": {
-                file.name: {
-                    "status": "pending",
-                    "bytes": file.num_bytes,
-                    "header": manifest.digest(file.header, algorithm),
-                    "tensors": dict.fromkeys((t.name for t in file.tensors), ""),
-                }
-                for file in plan.files
-            },
+            "files": {file.name: manifest.planned_file(file) for file in plan.files},
             "documents": {},
         }
 
@@ -139,11 +135,10 @@ class FolderSink:
                 expected=manifest.NAME,
                 fix="choose another folder, or empty this one yourself",
             )
-        old = manifest.read(self.folder)
-        ours = self._names(old)
+        ours = self._present(self._names(manifest.read(self.folder)))
         new = {*self._plan.documents, *(file.name for file in self._plan.files)}
         new |= {f"{name}.part" for name in new}
-        if taken := sorted(new & set(present) - ours):
+        if taken := sorted(self._present(new) - ours):
             raise TargetError(
                 f"{self.folder} has files that mtt did not write; nothing was replaced",
                 found=", ".join(taken[:5]),
@@ -151,8 +146,12 @@ class FolderSink:
                 fix="move them away, or choose another folder",
             )
         os.makedirs(aside, exist_ok=True)
-        for name in sorted(ours & set(present), key=lambda name: name == manifest.NAME):
-            os.replace(os.path.join(self.folder, name), os.path.join(aside, name))
+        for name in sorted(ours, key=lambda name: name == manifest.NAME):
+            _move(name, self.folder, aside)
+
+    def _present(self, names: set[str]) -> set[str]:
+        """Those of these names that are in the folder."""
+        return {name for name in names if os.path.lexists(os.path.join(self.folder, name))}
 
     def _names(self, old: dict[str, Any]) -> set[str]:
         """Files that belong to the conversion of a manifest."""
@@ -162,10 +161,19 @@ class FolderSink:
     def _recover(self, present: list[str], aside: str) -> None:
         """Undo what a killed run of --overwrite did: its files go, those it replaced return."""
         if manifest.NAME in present and manifest.NAME in os.listdir(aside):
-            for name in self._names(manifest.read(self.folder)) & set(present):
-                os.unlink(os.path.join(self.folder, name))
-        for name in os.listdir(aside):
-            os.replace(os.path.join(aside, name), os.path.join(self.folder, name))
+            for name in self._present(self._names(manifest.read(self.folder))):
+                _remove(name, self.folder)
+        self._put_back(aside)
+
+    def _put_back(self, aside: str) -> None:
+        """Return what `--overwrite` set aside."""
+        names = [
+            os.path.relpath(os.path.join(folder, file), aside)
+            for folder, _, files in os.walk(aside)
+            for file in files
+        ]
+        for name in names:
+            _move(name, aside, self.folder)
         os.rmdir(aside)
 
     def write(
@@ -179,6 +187,9 @@ class FolderSink:
         try:
             descriptor = self._descriptor(file)
             _write_all(descriptor, data, tensor.offset + position)
+            if tensor.checksum_at:
+                key = file.name, tensor.name
+                self._checksums[key] = zlib.crc32(data, self._checksums.get(key, 0))
         except OSError as error:
             raise _target_error(self.folder, error) from error
 
@@ -187,19 +198,28 @@ class FolderSink:
             assert not self._closed, file.name
             if file.name not in self._open:
                 path = os.path.join(self.folder, file.name + ".part")
+                os.makedirs(os.path.dirname(path), exist_ok=True)
                 flags = os.O_CREAT | os.O_TRUNC | os.O_WRONLY | os.O_CLOEXEC
                 self._open[file.name] = os.open(path, flags, 0o666)
                 self._written.append(file.name + ".part")
-                _write_all(self._open[file.name], memoryview(file.header), 0)
+                self._fixed[file.name] = {at: bytearray(data) for at, data in file.fixed}
             return self._open[file.name]
 
     def tensor_done(self, file: PlannedFile, tensor: PlannedTensor, digest: str) -> None:
-        """Note a tensor's hash."""
+        """Note a tensor's hash, and its checksum where the file asks for it."""
+        self._descriptor(file)
         with self._mutex:
             self.manifest["files"][file.name]["tensors"][tensor.name] = digest
+            checksum = self._checksums.pop((file.name, tensor.name), 0)
+            fixed = self._fixed[file.name]
+            starts = sorted(fixed)
+            for position in tensor.checksum_at:
+                start = starts[bisect.bisect_right(starts, position) - 1]
+                place = slice(position - start, position - start + 4)
+                fixed[start][place] = checksum.to_bytes(4, "little")
 
     def file_done(self, file: PlannedFile) -> None:
-        """Give a complete file its name.
+        """Write what stands between the tensors, and give the complete file its name.
 
         Raises:
             TargetError: the disk is full or the folder not writable.
@@ -207,12 +227,19 @@ class FolderSink:
         descriptor = self._descriptor(file)
         with self._mutex:
             try:
+                fixed = self._fixed.pop(file.name)
+                for position, data in fixed.items():
+                    _write_all(descriptor, memoryview(data), position)
                 del self._open[file.name]
                 os.close(descriptor)
                 path = os.path.join(self.folder, file.name)
                 os.replace(path + ".part", path)
                 self._written.append(file.name)
-                self.manifest["files"][file.name]["status"] = "complete"
+                entry = self.manifest["files"][file.name]
+                entry["header"] = manifest.digest(
+                    b"".join(fixed[at] for at in sorted(fixed)), self._algorithm
+                )
+                entry["status"] = "complete"
                 manifest.write(self.folder, self.manifest)
             except OSError as error:
                 raise _target_error(self.folder, error) from error
@@ -224,9 +251,9 @@ class FolderSink:
             TargetError: the disk is full or the folder not writable.
         """
         try:
-            for name in sorted(self._plan.documents, key=lambda name: name == "config.json"):
-                data = self._plan.documents[name]
+            for name, data in self._plan.documents.items():
                 path = os.path.join(self.folder, name)
+                os.makedirs(os.path.dirname(path), exist_ok=True)
                 self._written.append(name)
                 with open(path + ".part", "wb") as file:
                     file.write(data)
@@ -264,21 +291,40 @@ class FolderSink:
         with self._mutex:
             self._closed = True
         for name in self._written:
-            for path in (
-                os.path.join(self.folder, name),
-                os.path.join(self.folder, name + ".part"),
-            ):
-                if os.path.lexists(path):
-                    os.unlink(path)
+            _remove(name, self.folder)
+            _remove(name + ".part", self.folder)
         aside = os.path.join(self.folder, _REPLACED)
         if self._lock_file >= 0 and os.path.isdir(aside):
-            for name in os.listdir(aside):
-                os.replace(os.path.join(aside, name), os.path.join(self.folder, name))
-            os.rmdir(aside)
+            self._put_back(aside)
         self._release()
         for folder in self._made_folders:
             if os.path.isdir(folder) and not os.listdir(folder):
                 os.rmdir(folder)
+
+
+def _move(name: str, source: str, target: str) -> None:
+    """Move a file between folders under one name; subfolders come and go with it."""
+    os.makedirs(os.path.dirname(os.path.join(target, name)), exist_ok=True)
+    os.replace(os.path.join(source, name), os.path.join(target, name))
+    _remove_empty(os.path.dirname(name), source)
+
+
+def _remove(name: str, folder: str) -> None:
+    """Remove a file if it is there, and the subfolders that it leaves empty."""
+    path = os.path.join(folder, name)
+    if os.path.lexists(path):
+        os.unlink(path)
+    _remove_empty(os.path.dirname(name), folder)
+
+
+def _remove_empty(subfolder: str, folder: str) -> None:
+    while subfolder:
+        path = os.path.join(folder, subfolder)
+        if os.path.isdir(path):
+            if os.listdir(path):
+                return
+            os.rmdir(path)
+        subfolder = os.path.dirname(subfolder)
 
 
 def _write_all(descriptor: int, data: memoryview, position: int) -> None:

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
-from .boxes import Ints, row_major, split_interval
+from .boxes import Box, Ints, row_major, split_interval
 from .dtypes import DType, refuse_state
 
 
@@ -91,6 +91,14 @@ class LazyTensor:
                 )
             )
         return replace(self, shape=_put(self.shape, axis, length), pieces=tuple(pieces))
+
+    def part(self, box: Box) -> LazyTensor:
+        """The elements in a box."""
+        result = self
+        for axis, (start, length) in enumerate(zip(*box, strict=True)):
+            if (start, length) != (0, self.shape[axis]):
+                result = result.narrow(axis, start, length)
+        return result
 
     def chunk(self, count: int, axis: int = 0) -> tuple[LazyTensor, ...]:
         """`count` equal parts along `axis`."""

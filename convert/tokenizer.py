@@ -47,6 +47,15 @@ class Tokenizer:
     pad_token_id: int | None = None
 
 
+def has_tokenizer(folder: str) -> bool:
+    """Whether a folder has tokenizer files that `read_tokenizer` reads."""
+
+    def has(name: str) -> bool:
+        return os.path.isfile(os.path.join(folder, name))
+
+    return has("tokenizer.json") or (has("vocab.json") and has("merges.txt"))
+
+
 def read_tokenizer(path: str) -> Tokenizer:
     """The tokenizer at a path: a folder, a vocab.json with its merges, or a tokenizer.json.
 

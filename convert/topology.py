@@ -1,4 +1,4 @@
-"""From rank shards to whole tensors: layer numbers and joins.
+"""Between rank shards and whole tensors: layer numbers, joins and cuts.
 
 pipeline   every stage and virtual chunk numbers its layers from 0; going through chunks
            first and stages within them gives the global order, for even, uneven and custom
@@ -6,6 +6,7 @@ pipeline   every stage and virtual chunk numbers its layers from 0; going throug
 tensor     shards of one parameter are joined along the axis the parameter table names;
            a gated `linear_fc1` in two blocks, since rank r holds [gate_r | up_r]
 copies     parameters every rank holds must agree: they become `Replicas` to be compared
+cuts       what a rank gets of a parameter is one or two boxes of the whole tensor
 """
 
 from __future__ import annotations
@@ -16,15 +17,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from .architecture import Architecture
-from .boxes import Ints
+from .boxes import Box, Ints
 from .checkpoint import Replicas, Shard
 from .errors import CorruptError, IncompleteError, InconsistentError, MappingError
+from .layouts import Stage
 from .mapping import shorten
 from .parameters import Parameter, find
 from .tensors import LazyTensor, concat
 
 _LAYER = re.compile(r"(?<=^decoder\.layers\.)(\d+)(?=\.)")
-_EMBEDDING, TIED_HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
+EMBEDDING, TIED_HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
 Held = Mapping[str, Sequence[Shard]]
 
 
@@ -126,9 +128,9 @@ def join(
             replicas.append(Replicas(name, (tensors[name], *others), tuple(where)))
     if not architecture.untie_embeddings_and_output_weights and TIED_HEAD in tensors:
         head = tensors.pop(TIED_HEAD)
-        if _EMBEDDING in tensors:
-            places = (held[_EMBEDDING][0].where, held[TIED_HEAD][0].where)
-            replicas.append(Replicas(TIED_HEAD, (tensors[_EMBEDDING], head), places, tied=True))
+        if EMBEDDING in tensors:
+            places = (held[EMBEDDING][0].where, held[TIED_HEAD][0].where)
+            replicas.append(Replicas(TIED_HEAD, (tensors[EMBEDDING], head), places, tied=True))
     return tensors, tuple(replicas)
 
 
@@ -175,3 +177,51 @@ def _join(name: str, shards: Sequence[Shard], split: int | None, blocks: int) ->
     size = parts[0].shape[split] // blocks
     cut = [part.unflatten(split, blocks, size) for part in parts]
     return concat(cut, axis=split + 1).flatten(split)
+
+
+def boxes(name: str, shape: Ints, architecture: Architecture, tp: int, rank: int) -> list[Box]:
+    """The boxes of a whole tensor that a tensor-parallel rank holds, in their order there."""
+    parameter = _parameter(name)
+    split, start = parameter.split, [0] * len(shape)
+    if split is None:
+        return [(tuple(start), shape)]
+    blocks = parameter.blocks(architecture)
+    size, rest = divmod(shape[split], blocks * tp)
+    assert rest == 0, (name, shape, tp)
+    extent = (*shape[:split], size, *shape[split + 1 :])
+    return [
+        ((*start[:split], (block * tp + rank) * size, *start[split + 1 :]), extent)
+        for block in range(blocks)
+    ]
+
+
+def cut(
+    name: str, tensor: LazyTensor, architecture: Architecture, tp: int, rank: int
+) -> LazyTensor:
+    """What a tensor-parallel rank holds of a whole tensor: `join` undone."""
+    held = [tensor.part(box) for box in boxes(name, tensor.shape, architecture, tp, rank)]
+    return held[0] if len(held) == 1 else concat(held, axis=_parameter(name).split or 0)
+
+
+def is_split(name: str) -> bool:
+    """Whether tensor-parallel ranks hold different parts of a parameter."""
+    return _parameter(name).split is not None
+
+
+def stage_names(names: Iterable[str], stage: Stage) -> list[str]:
+    """The canonical names of the parameters that a pipeline stage holds."""
+    held = []
+    for name in names:
+        layer = _LAYER.search(name)
+        if layer:
+            wanted = int(layer[1]) in stage.layers
+        else:
+            wanted = stage.first if name.startswith("embedding.") else stage.last
+        if wanted:
+            held.append(name)
+    return held
+
+
+def local_name(name: str, stage: Stage) -> str:
+    """A canonical name with the layer numbered from the beginning of the stage."""
+    return _LAYER.sub(lambda hit: str(int(hit[1]) - stage.layers.start), name)

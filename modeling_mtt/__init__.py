@@ -13,29 +13,40 @@
 # limitations under the License.
 """Megatron-Turing models for Hugging Face transformers.
 
-Importing this package registers `MTTConfig`, `MTTModel` and `MTTForCausalLM` with the auto
-classes, so that `AutoModelForCausalLM.from_pretrained` loads MTT checkpoints without
+Importing this package registers `MTTConfig` and the models with the auto classes, so that
+`AutoModelForCausalLM.from_pretrained` and its siblings load MTT checkpoints without
 `trust_remote_code`. It also has `save_pretrained` and `push_to_hub` put these files next to the
 weights, so that what was saved loads with `trust_remote_code=True` where this package is missing.
 """
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+import transformers
 
+from . import modeling_mtt
 from .configuration_mtt import AUTO_MAP, MTTConfig
-from .modeling_mtt import MTTForCausalLM, MTTModel, MTTPreTrainedModel
+from .modeling_mtt import (
+    MTTForCausalLM,
+    MTTForQuestionAnswering,
+    MTTForSequenceClassification,
+    MTTForTokenClassification,
+    MTTModel,
+    MTTPreTrainedModel,
+)
 
-AutoConfig.register(MTTConfig.model_type, MTTConfig, exist_ok=True)
-AutoModel.register(MTTConfig, MTTModel, exist_ok=True)
-AutoModelForCausalLM.register(MTTConfig, MTTForCausalLM, exist_ok=True)
-
+transformers.AutoConfig.register(MTTConfig.model_type, MTTConfig, exist_ok=True)
 MTTConfig.register_for_auto_class("AutoConfig")
-MTTModel.register_for_auto_class("AutoModel")
-MTTForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+for _auto_class, _reference in AUTO_MAP.items():
+    if _auto_class != "AutoConfig":
+        _model_class = getattr(modeling_mtt, _reference.split(".")[1])
+        getattr(transformers, _auto_class).register(MTTConfig, _model_class, exist_ok=True)
+        _model_class.register_for_auto_class(_auto_class)
 
 __all__ = [
     "AUTO_MAP",
     "MTTConfig",
     "MTTForCausalLM",
+    "MTTForQuestionAnswering",
+    "MTTForSequenceClassification",
+    "MTTForTokenClassification",
     "MTTModel",
     "MTTPreTrainedModel",
 ]

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
-from transformers.modeling_rope_utils import RopeParameters
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 
 # Complete on purpose: transformers itself adds only the class being saved, and other runtimes ask
 # for `AutoModel` whatever was saved.
@@ -25,6 +25,9 @@ AUTO_MAP = {
     "AutoConfig": "configuration_mtt.MTTConfig",
     "AutoModel": "modeling_mtt.MTTModel",
     "AutoModelForCausalLM": "modeling_mtt.MTTForCausalLM",
+    "AutoModelForQuestionAnswering": "modeling_mtt.MTTForQuestionAnswering",
+    "AutoModelForSequenceClassification": "modeling_mtt.MTTForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_mtt.MTTForTokenClassification",
 }
 
 
@@ -65,14 +68,23 @@ class MTTConfig(PreTrainedConfig):
             Whether the stored norm weights are gamma - 1, as with Megatron's `apply_layernorm_1p`.
             Holds for every norm, those of queries and keys included: Megatron builds all alike.
         position_embedding_type (`str`, *optional*, defaults to `"learned"`):
-            `"learned"` (a table added to the token embeddings), `"rope"` or `"none"`.
+            `"learned"` (a table added to the token embeddings), `"rope"`, `"alibi"` (scores that
+            fall with distance, as in Bloom) or `"none"`.
         max_position_embeddings (`int`, *optional*, defaults to 1024):
             Rows of the learned table, or the sequence length in tokens the model was trained with.
         rope_parameters (`dict`, *optional*):
             Only with `position_embedding_type="rope"`: `rope_theta`, `rope_type`,
             `partial_rotary_factor` and whatever the rope type asks for. The rotated part comes
-            first in a head and is split in halves (GPT-NeoX's layout, Megatron's
-            `rotary_interleaved=False`).
+            first in a head.
+        rope_interleave (`bool`, *optional*, defaults to `False`):
+            Whether neighbouring values are rotated as a pair (GPT-J's layout, Megatron's
+            `rotary_interleaved`) rather than one value of each half (GPT-NeoX's).
+        sliding_window (`int`, *optional*):
+            How many tokens a layer of type `"sliding_attention"` sees, the current one included:
+            one more than the first number of Megatron's `window_size`.
+        layer_types (`list[str]`, *optional*):
+            `"full_attention"` or `"sliding_attention"` for each layer. `None` means that all slide
+            where there is a `sliding_window`.
         attention_bias (`bool`, *optional*, defaults to `True`):
             Whether the query, key and value projections have a bias.
         attention_out_bias (`bool`, *optional*, defaults to `True`):
@@ -81,6 +93,24 @@ class MTTConfig(PreTrainedConfig):
             Whether the projections of the MLP have a bias.
         use_qk_norm (`bool`, *optional*, defaults to `False`):
             Whether each head of queries and keys is normalised, over `head_dim`, before rotation.
+        use_parallel_residual (`bool`, *optional*, defaults to `False`):
+            Whether attention and MLP both start from the layer's input, `x + attn(norm(x)) +
+            mlp(norm(x))`, as in GPT-NeoX.
+        shared_layernorm (`bool`, *optional*, defaults to `False`):
+            Only with `use_parallel_residual`: whether one norm feeds attention and MLP, as in
+            Falcon 7B. There is no `post_attention_layernorm` then.
+        apply_residual_connection_post_layernorm (`bool`, *optional*, defaults to `False`):
+            Whether the residual stream is taken after the norms rather than before them.
+        embedding_norm (`bool`, *optional*, defaults to `False`):
+            Whether embeddings are normalised before the first layer, as in Bloom.
+        embedding_multiplier (`float`, *optional*, defaults to 1.0):
+            Multiplies embeddings, learned positions included.
+        residual_multiplier (`float`, *optional*, defaults to 1.0):
+            Multiplies what attention and MLP add to the residual stream.
+        attention_multiplier (`float`, *optional*):
+            Multiplies attention scores. `None` means `head_dim ** -0.5`.
+        logits_scaling (`float`, *optional*, defaults to 1.0):
+            Divides the logits.
         tie_word_embeddings (`bool`, *optional*, defaults to `True`):
             Whether the head shares the weight of the token embeddings.
         attention_dropout (`float`, *optional*, defaults to 0.0):
@@ -127,6 +157,7 @@ class MTTConfig(PreTrainedConfig):
     base_model_pp_plan = {
         "embed_tokens": (["input_ids"], ["inputs_embeds"]),
         "embed_positions": (["position_ids"], ["inputs_embeds"]),
+        "embed_norm": (["inputs_embeds"], ["inputs_embeds"]),
         "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
         "norm": (["hidden_states"], ["hidden_states"]),
     }
@@ -143,13 +174,24 @@ class MTTConfig(PreTrainedConfig):
     norm_type: Literal["layernorm", "rmsnorm"] = "layernorm"
     norm_eps: float = 1e-5
     zero_centered_norm: bool = False
-    position_embedding_type: Literal["learned", "rope", "none"] = "learned"
+    position_embedding_type: Literal["learned", "rope", "alibi", "none"] = "learned"
     max_position_embeddings: int = 1024
     rope_parameters: RopeParameters | dict | None = None
+    rope_interleave: bool = False
+    sliding_window: int | None = None
+    layer_types: list[str] | None = None
     attention_bias: bool = True
     attention_out_bias: bool = True
     mlp_bias: bool = True
     use_qk_norm: bool = False
+    use_parallel_residual: bool = False
+    shared_layernorm: bool = False
+    apply_residual_connection_post_layernorm: bool = False
+    embedding_norm: bool = False
+    embedding_multiplier: float | int = 1.0
+    residual_multiplier: float | int = 1.0
+    attention_multiplier: float | int | None = None
+    logits_scaling: float | int = 1.0
     tie_word_embeddings: bool = True
     attention_dropout: float | int = 0.0
     hidden_dropout: float | int = 0.0
@@ -165,6 +207,8 @@ class MTTConfig(PreTrainedConfig):
         # Left at None where it does not come out even: `validate_architecture` says so.
         if self.head_dim is None and _divides(self.num_attention_heads, self.hidden_size):
             self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.layer_types is None and self.sliding_window is not None:
+            self.layer_types = ["sliding_attention"] * self.num_hidden_layers
 
         absent = set()
         if not self.gated_mlp:
@@ -173,6 +217,8 @@ class MTTConfig(PreTrainedConfig):
             absent |= {"layers.*.self_attn.q_norm", "layers.*.self_attn.k_norm"}
         if self.position_embedding_type != "learned":
             absent |= {"embed_positions"}
+        if not self.embedding_norm:
+            absent |= {"embed_norm"}
         # transformers warns about rules that match nothing.
         self.base_model_tp_plan = _without(absent, self.base_model_tp_plan)
         self.base_model_pp_plan = _without(absent, self.base_model_pp_plan)
@@ -184,6 +230,11 @@ class MTTConfig(PreTrainedConfig):
         # The base class fills in rope parameters for every model that could have them.
         if self.position_embedding_type != "rope":
             self.rope_parameters = given
+
+    @property
+    def logit_scale(self) -> float:
+        """What vLLM, which has the head to itself, multiplies logits by."""
+        return 1.0 / self.logits_scaling
 
     def validate_architecture(self) -> None:
         """Check what no single field shows; `@strict` calls it after construction."""
@@ -203,8 +254,16 @@ class MTTConfig(PreTrainedConfig):
                 raise ValueError(
                     f"{name} ({getattr(self, name)}) is a probability, between 0 and 1."
                 )
-        if self.norm_eps <= 0:
-            raise ValueError(f"norm_eps ({self.norm_eps}) must be greater than 0.")
+        for name in (
+            "norm_eps",
+            "embedding_multiplier",
+            "residual_multiplier",
+            "attention_multiplier",
+            "logits_scaling",
+        ):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name} ({value}) must be greater than 0.")
 
         if self.head_dim is None:
             raise ValueError(
@@ -219,16 +278,37 @@ class MTTConfig(PreTrainedConfig):
                 f"num_key_value_heads ({self.num_key_value_heads})."
             )
 
-        if self.position_embedding_type == "rope":
+        self._validate_positions()
+        self._validate_layers()
+
+    def _validate_positions(self) -> None:
+        kind = self.position_embedding_type
+        if kind == "rope":
             self._validate_rotated_part()
         elif self.rope_parameters is not None:
             raise ValueError(
                 f"rope_parameters ({self.rope_parameters}) go with position_embedding_type 'rope', "
-                f"not '{self.position_embedding_type}': drop them or set the type."
+                f"not '{kind}': drop them or set the type."
+            )
+        elif self.rope_interleave:
+            raise ValueError(
+                f"rope_interleave goes with position_embedding_type 'rope', not '{kind}': drop it "
+                "or set the type."
+            )
+        if kind == "alibi" and self.sliding_window is not None:
+            raise ValueError(
+                f"sliding_window ({self.sliding_window}) and position_embedding_type 'alibi' do "
+                "not go together: drop one of them."
             )
 
     def _validate_rotated_part(self) -> None:
         assert self.rope_parameters is not None and self.head_dim is not None
+        rope_type = self.rope_parameters.get("rope_type")
+        if rope_type != "default" and rope_type not in ROPE_INIT_FUNCTIONS:
+            raise ValueError(
+                f"rope_type ({rope_type}) of rope_parameters must be one of "
+                f"{['default', *ROPE_INIT_FUNCTIONS]}."
+            )
         factor = self.rope_parameters.get("partial_rotary_factor", 1.0)
         if not 0 < factor <= 1:
             raise ValueError(f"partial_rotary_factor ({factor}) must be in (0, 1].")
@@ -238,6 +318,37 @@ class MTTConfig(PreTrainedConfig):
             raise ValueError(
                 f"head_dim ({self.head_dim}) times partial_rotary_factor ({factor}) makes "
                 f"{rotated} values to rotate: expected 2 to {self.head_dim}."
+            )
+
+    def _validate_layers(self) -> None:
+        if self.sliding_window is not None and self.sliding_window < 1:
+            raise ValueError(f"sliding_window ({self.sliding_window}) must be at least 1.")
+        types = self.layer_types or []
+        unknown = sorted(set(types) - {"full_attention", "sliding_attention"})
+        if unknown:
+            raise ValueError(
+                f"layer_types has {unknown}: expected 'full_attention' and 'sliding_attention'."
+            )
+        if self.layer_types is not None and len(types) != self.num_hidden_layers:
+            raise ValueError(
+                f"layer_types has {len(types)} entries: expected one for each of "
+                f"num_hidden_layers ({self.num_hidden_layers})."
+            )
+        if ("sliding_attention" in types) != (self.sliding_window is not None):
+            raise ValueError(
+                f"sliding_window ({self.sliding_window}) and layer_types ({types}) do not agree: "
+                "layers that slide need a window, and a window needs layers that slide."
+            )
+
+        if self.shared_layernorm and not self.use_parallel_residual:
+            raise ValueError(
+                "shared_layernorm goes with use_parallel_residual: one norm cannot feed attention "
+                "and an MLP that comes after it."
+            )
+        if self.use_parallel_residual and self.apply_residual_connection_post_layernorm:
+            raise ValueError(
+                "use_parallel_residual and apply_residual_connection_post_layernorm do not go "
+                "together: drop one of them."
             )
 
 

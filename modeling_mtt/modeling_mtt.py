@@ -23,10 +23,14 @@ from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.integrations import use_kernel_forward_from_hub
-from transformers.masking_utils import create_causal_mask
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.modeling_layers import (
+    GenericForQuestionAnswering,
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+    GradientCheckpointingLayer,
+)
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, is_tracing
@@ -34,6 +38,12 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_mtt import MTTConfig
+from .positions_mtt import (
+    MTTRotaryEmbedding,
+    alibi_distances,
+    alibi_slopes,
+    apply_rotary_pos_emb,
+)
 
 try:
     from transformers.modeling_utils import slice_logits_to_keep
@@ -101,6 +111,14 @@ class MTTZeroCenteredLayerNorm(nn.LayerNorm):
         return normed.to(hidden_states.dtype)
 
 
+MASK_FUNCTIONS: dict[str, Callable] = {
+    "full_attention": create_causal_mask,
+    "sliding_attention": create_sliding_window_causal_mask,
+}
+
+# The others have no argument for a bias, and some would ignore it.
+ALIBI_IMPLEMENTATIONS = ("eager", "sdpa", "flex_attention")
+
 NORM_CLASSES: dict[tuple[str, bool], type[nn.Module]] = {
     ("layernorm", False): nn.LayerNorm,
     ("layernorm", True): MTTZeroCenteredLayerNorm,
@@ -114,89 +132,14 @@ def build_norm(config: MTTConfig, size: int) -> nn.Module:
     return NORM_CLASSES[config.norm_type, config.zero_centered_norm](size, eps=config.norm_eps)
 
 
+def layer_types(config: MTTConfig) -> list[str]:
+    """What the attention of each layer sees."""
+    return config.layer_types or ["full_attention"] * config.num_hidden_layers
+
+
 def _divide_by_root_mean_square(hidden_states: torch.Tensor, eps: float) -> torch.Tensor:
     hidden_states = hidden_states.float()
     return hidden_states * torch.rsqrt(hidden_states.pow(2).mean(-1, keepdim=True) + eps)
-
-
-class MTTRotaryEmbedding(nn.Module):
-    """Cosines and sines for the rotated part of a head, of any rope type transformers knows."""
-
-    inv_freq: torch.Tensor
-    original_inv_freq: torch.Tensor
-
-    def __init__(self, config: MTTConfig) -> None:
-        super().__init__()
-        assert config.rope_parameters is not None
-        self.config = config
-        self.max_seq_len_cached = config.max_position_embeddings
-        self.original_max_seq_len = config.max_position_embeddings
-
-        self.rope_type = config.rope_parameters["rope_type"]
-        rope_init_fn: Callable[..., tuple[torch.Tensor, float]]
-        if self.rope_type == "default":
-            rope_init_fn = self.compute_default_rope_parameters
-        else:
-            rope_init_fn = ROPE_INIT_FUNCTIONS[self.rope_type]
-        inv_freq, self.attention_scaling = rope_init_fn(config)
-
-        self.register_buffer("inv_freq", inv_freq, persistent=False)
-        self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
-
-    @staticmethod
-    def compute_default_rope_parameters(
-        config: MTTConfig, device: torch.device | None = None, **kwargs: Any
-    ) -> tuple[torch.Tensor, float]:
-        """Return inverse frequencies `[rotated / 2]`, in radians per token, and a scale of 1.
-
-        As in Megatron, the exponent runs over the rotated part, not over the whole head.
-        """
-        assert config.rope_parameters is not None and config.head_dim is not None
-        rotated = int(config.head_dim * config.rope_parameters.get("partial_rotary_factor", 1.0))
-        exponents = torch.arange(0, rotated, 2, dtype=torch.float, device=device) / rotated
-        return 1.0 / (config.rope_parameters["rope_theta"] ** exponents), 1.0
-
-    @torch.no_grad()
-    @dynamic_rope_update
-    def forward(
-        self, x: torch.Tensor, position_ids: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return cosines and sines of the angles at each position, in the dtype of `x`.
-
-        Args:
-            x (`torch.Tensor`): gives dtype and device only.
-            position_ids (`torch.Tensor`): `[batch or 1, sequence]`.
-
-        Returns:
-            Two tensors `[batch or 1, sequence, rotated]`.
-        """
-        # A product, not a matrix product: autocast leaves it in float32.
-        angles = position_ids[..., None].float() * self.inv_freq.to(x.device, torch.float)
-        angles = torch.cat((angles, angles), dim=-1)
-        cos = angles.cos() * self.attention_scaling
-        sin = angles.sin() * self.attention_scaling
-        return cos.to(x.dtype), sin.to(x.dtype)
-
-
-def rotate_half(x: torch.Tensor) -> torch.Tensor:
-    """Turn each pair, one value of the first half and one of the second, by a quarter."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((-second, first), dim=-1)
-
-
-def apply_rotary_pos_emb(
-    states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-) -> torch.Tensor:
-    """Rotate the first values of each head.
-
-    Args:
-        states (`torch.Tensor`): `[batch, heads, sequence, head_dim]`.
-        cos, sin (`torch.Tensor`): `[batch or 1, sequence, rotated]` with `rotated <= head_dim`.
-    """
-    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    rotated, passed = states[..., : cos.shape[-1]], states[..., cos.shape[-1] :]
-    rotated = rotated * cos + rotate_half(rotated) * sin
-    return torch.cat((rotated, passed), dim=-1)
 
 
 class MTTMLP(nn.Module):
@@ -227,6 +170,7 @@ def eager_attention_forward(
     attention_mask: torch.Tensor | None,
     scaling: float,
     dropout: float = 0.0,
+    position_bias: torch.Tensor | None = None,
     **kwargs: Unpack[TransformersKwargs],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention spelt out, for when its weights are asked for.
@@ -235,6 +179,7 @@ def eager_attention_forward(
         query (`torch.Tensor`): `[batch, heads, queries, head_dim]`.
         key, value (`torch.Tensor`): `[batch, key_value_heads, keys, head_dim]`.
         attention_mask (`torch.Tensor`, *optional*): `[batch, 1, queries, keys]`, is added.
+        position_bias (`torch.Tensor`, *optional*): `[batch or 1, heads, queries, keys]`, is added.
 
     Returns:
         Output `[batch, queries, heads, head_dim]` and weights `[batch, heads, queries, keys]`.
@@ -244,6 +189,9 @@ def eager_attention_forward(
     value = value.repeat_interleave(group_size, dim=1)
 
     scores = torch.matmul(query, key.transpose(2, 3)) * scaling
+    if position_bias is not None:
+        # In float32, where the lowest number of a mask can be added to it.
+        scores = scores.float() + position_bias
     if attention_mask is not None:
         scores = scores + attention_mask
     weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
@@ -262,9 +210,13 @@ class MTTAttention(nn.Module):
         self.layer_idx = layer_idx
         self.head_dim = config.head_dim
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
-        self.scaling = self.head_dim**-0.5
+        self.scaling = config.attention_multiplier
+        if self.scaling is None:
+            self.scaling = self.head_dim**-0.5
         self.attention_dropout = config.attention_dropout
         self.is_causal = True
+        sliding = layer_types(config)[layer_idx] == "sliding_attention"
+        self.sliding_window = config.sliding_window if sliding else None
 
         query_size = config.num_attention_heads * self.head_dim
         key_value_size = config.num_key_value_heads * self.head_dim
@@ -281,6 +233,7 @@ class MTTAttention(nn.Module):
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
+        distances: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         input_shape = hidden_states.shape[:-1]
@@ -297,14 +250,17 @@ class MTTAttention(nn.Module):
         key_states = key_states.transpose(1, 2)
 
         if position_embeddings is not None:
-            query_states = apply_rotary_pos_emb(query_states, *position_embeddings)
-            key_states = apply_rotary_pos_emb(key_states, *position_embeddings)
+            interleave = self.config.rope_interleave
+            query_states = apply_rotary_pos_emb(query_states, *position_embeddings, interleave)
+            key_states = apply_rotary_pos_emb(key_states, *position_embeddings, interleave)
 
         if past_key_values is not None:
             key_states, value_states = past_key_values.update(
                 key_states, value_states, self.layer_idx
             )
 
+        if distances is not None:
+            kwargs["position_bias"] = self._position_bias(query_states, distances)
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
@@ -316,10 +272,25 @@ class MTTAttention(nn.Module):
             attention_mask,
             dropout=self.attention_dropout if self.training else 0.0,
             scaling=self.scaling,
+            sliding_window=self.sliding_window,
             **kwargs,
         )
         attn_output = attn_output.reshape(*input_shape, -1).contiguous()
         return self.o_proj(attn_output), attn_weights
+
+    def _position_bias(self, query_states: torch.Tensor, distances: torch.Tensor) -> torch.Tensor:
+        """Return ALiBi's bias `[batch, heads, queries, keys]` for the heads of this process."""
+        num_heads = query_states.shape[1]
+        slopes = alibi_slopes(self.config.num_attention_heads, query_states.device)
+        if num_heads != self.config.num_attention_heads:
+            # Tensor parallelism gives each process the heads of its rows of the query projection.
+            weight: Any = self.q_proj.weight
+            rank = weight.device_mesh.get_local_rank()
+            slopes = slopes[rank * num_heads : (rank + 1) * num_heads]
+        bias = slopes[:, None, None] * distances
+        if self.config._attn_implementation != "eager":
+            bias = bias.to(query_states.dtype)
+        return bias.expand(query_states.shape[0], -1, -1, -1)
 
 
 class MTTDecoderLayer(GradientCheckpointingLayer):
@@ -330,8 +301,15 @@ class MTTDecoderLayer(GradientCheckpointingLayer):
         self.self_attn = MTTAttention(config, layer_idx)
         self.mlp = MTTMLP(config)
         self.input_layernorm = build_norm(config, config.hidden_size)
-        self.post_attention_layernorm = build_norm(config, config.hidden_size)
+        self.post_attention_layernorm = None
+        if not config.shared_layernorm:
+            self.post_attention_layernorm = build_norm(config, config.hidden_size)
         self.hidden_dropout = config.hidden_dropout
+        self.residual_multiplier = config.residual_multiplier
+        self.use_parallel_residual = config.use_parallel_residual
+        self.apply_residual_connection_post_layernorm = (
+            config.apply_residual_connection_post_layernorm
+        )
 
     def forward(
         self,
@@ -343,10 +321,9 @@ class MTTDecoderLayer(GradientCheckpointingLayer):
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
-        residual = hidden_states
-        hidden_states = self.input_layernorm(hidden_states)
-        hidden_states, _ = self.self_attn(
-            hidden_states,
+        normed = self.input_layernorm(hidden_states)
+        attended, _ = self.self_attn(
+            normed,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
@@ -354,15 +331,26 @@ class MTTDecoderLayer(GradientCheckpointingLayer):
             position_embeddings=position_embeddings,
             **kwargs,
         )
-        hidden_states = residual + self._drop(hidden_states)
+        if self.use_parallel_residual:
+            if self.post_attention_layernorm is not None:
+                normed = self.post_attention_layernorm(hidden_states)
+            return hidden_states + self._scale(attended) + self._scale(self.mlp(normed))
 
-        residual = hidden_states
-        hidden_states = self.post_attention_layernorm(hidden_states)
-        hidden_states = self.mlp(hidden_states)
-        return residual + self._drop(hidden_states)
+        assert self.post_attention_layernorm is not None
+        residual = normed if self.apply_residual_connection_post_layernorm else hidden_states
+        hidden_states = residual + self._scale(attended)
+        normed = self.post_attention_layernorm(hidden_states)
+        residual = normed if self.apply_residual_connection_post_layernorm else hidden_states
+        return residual + self._scale(self.mlp(normed))
 
-    def _drop(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return nn.functional.dropout(hidden_states, self.hidden_dropout, self.training)
+    def _scale(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Apply what comes before the residual addition."""
+        hidden_states = nn.functional.dropout(hidden_states, self.hidden_dropout, self.training)
+        return _multiply(hidden_states, self.residual_multiplier)
+
+
+def _multiply(hidden_states: torch.Tensor, multiplier: float) -> torch.Tensor:
+    return hidden_states if multiplier == 1.0 else hidden_states * multiplier
 
 
 class MTTPreTrainedModel(PreTrainedModel):
@@ -401,6 +389,8 @@ class MTTModel(MTTPreTrainedModel):
         self.embed_positions = None
         if config.position_embedding_type == "learned":
             self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.embed_norm = build_norm(config, config.hidden_size) if config.embedding_norm else None
+        self.layer_types = layer_types(config)
         self.layers = nn.ModuleList(
             [MTTDecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)]
         )
@@ -417,7 +407,7 @@ class MTTModel(MTTPreTrainedModel):
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | dict[str, Any] | None = None,
         position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
@@ -430,7 +420,9 @@ class MTTModel(MTTPreTrainedModel):
             input_ids (`torch.LongTensor`, *optional*):
                 Token ids, `[batch, sequence]`.
             attention_mask (`torch.Tensor`, *optional*):
-                1 where there is a token and 0 where there is padding, `[batch, past + sequence]`.
+                1 where there is a token and 0 where there is padding, `[batch, past + sequence]`;
+                or a mask `[batch, 1, sequence, keys]` in the form the attention implementation
+                asks for; or the result of `create_masks`.
             position_ids (`torch.LongTensor`, *optional*):
                 Positions, `[batch or 1, sequence]`. Counted from the end of the cache by default.
             past_key_values (`Cache`, *optional*):
@@ -456,47 +448,46 @@ class MTTModel(MTTPreTrainedModel):
                 f"You must specify exactly one of input_ids or inputs_embeds, got {given}"
             )
 
+        if self.config.position_embedding_type == "alibi":
+            self._check_attention(kwargs)
+
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
 
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
 
-        # The cache of a layer that another pipeline stage holds stays empty here.
-        first_layer = self._first_layer()
-        seen_tokens = 0
-        if past_key_values is not None:
-            seen_tokens = past_key_values.get_seq_length(first_layer)
-        sequence_length = inputs_embeds.shape[1]
         # Positions that come with no cache may belong to several packed sequences.
         counted = position_ids is None or past_key_values is not None
         if position_ids is None:
-            position_ids = torch.arange(sequence_length, device=inputs_embeds.device) + seen_tokens
-            position_ids = position_ids.unsqueeze(0)
+            position_ids = self._next_positions(inputs_embeds, past_key_values)
 
-        causal_mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=position_ids,
-            layer_idx=first_layer,
-        )
+        if isinstance(attention_mask, dict):
+            masks = attention_mask
+        else:
+            masks = self.create_masks(inputs_embeds, attention_mask, past_key_values, position_ids)
 
         hidden_states = inputs_embeds
         # A later pipeline stage gets the states of the stage before it as `inputs_embeds`.
-        if first_layer == 0:
-            length = seen_tokens + sequence_length if counted else None
-            hidden_states = self._finish_embedding(hidden_states, position_ids, length)
+        if self._first_layer() == 0:
+            if self.embed_positions is not None and not is_tracing(position_ids):
+                length = None
+                if counted:
+                    length = self._seen_tokens(past_key_values) + inputs_embeds.shape[1]
+                self._check_positions(position_ids, length)
+            hidden_states = self._finish_embedding(hidden_states, position_ids)
 
         position_embeddings = None
         if self.rotary_emb is not None:
             position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
+        if "distances" in masks:
+            kwargs["distances"] = masks["distances"]
 
-        for decoder_layer in self.layers[: self.config.num_hidden_layers]:
+        for layer_type, decoder_layer in zip(self.layer_types, self.layers, strict=False):
             hidden_states = decoder_layer(
                 hidden_states,
-                attention_mask=causal_mask,
+                # A stage has masks for the layers it holds.
+                attention_mask=masks.get(layer_type),
                 position_embeddings=position_embeddings,
                 position_ids=position_ids,
                 past_key_values=past_key_values,
@@ -510,27 +501,77 @@ class MTTModel(MTTPreTrainedModel):
             past_key_values=past_key_values,
         )
 
-    def _first_layer(self) -> int:
-        """Return the index of the first layer that this process holds.
+    def create_masks(
+        self,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        past_key_values: Cache | None,
+        position_ids: torch.Tensor | None = None,
+    ) -> dict[str, Any]:
+        """Return what a call of these arguments needs besides states, shared by its layers.
+
+        Returns:
+            The mask of each type of layer this process holds, in the form the attention
+            implementation asks for, and with ALiBi `distances` `[batch or 1, 1, queries, keys]`.
+        """
+        masks = {}
+        for layer_type in dict.fromkeys(self.layer_types):
+            layer_idx = self._first_layer(layer_type)
+            if layer_idx < len(self.layers):
+                masks[layer_type] = MASK_FUNCTIONS[layer_type](
+                    config=self.config,
+                    inputs_embeds=inputs_embeds,
+                    attention_mask=attention_mask,
+                    past_key_values=past_key_values,
+                    position_ids=position_ids,
+                    layer_idx=layer_idx,
+                )
+        if self.config.position_embedding_type == "alibi":
+            if position_ids is None:
+                position_ids = self._next_positions(inputs_embeds, past_key_values)
+            masks["distances"] = alibi_distances(
+                attention_mask, past_key_values, position_ids, self._first_layer()
+            )
+        return masks
+
+    def _first_layer(self, layer_type: str | None = None) -> int:
+        """Return the index of the first layer, of this type if given, that this process holds.
 
         transformers, vLLM and SGLang put an identity where a layer is another pipeline stage's.
         `embed_tokens` would not tell the first stage: a tied head keeps it on the last one too.
         """
         for layer_idx, layer in enumerate(self.layers):
-            if not isinstance(layer, nn.Identity):
+            if isinstance(layer, nn.Identity):
+                continue
+            if layer_type is None or self.layer_types[layer_idx] == layer_type:
                 return layer_idx
         return len(self.layers)
 
-    def _finish_embedding(
-        self,
-        inputs_embeds: torch.Tensor,
-        position_ids: torch.Tensor,
-        length: int | torch.Tensor | None,
+    def _seen_tokens(self, past_key_values: Cache | None) -> int | torch.Tensor:
+        # The cache of a layer that another pipeline stage holds stays empty here.
+        if past_key_values is None:
+            return 0
+        return past_key_values.get_seq_length(self._first_layer())
+
+    def _next_positions(
+        self, inputs_embeds: torch.Tensor, past_key_values: Cache | None
     ) -> torch.Tensor:
-        """Apply what comes between the token embeddings and the first layer."""
+        """Return positions `[1, sequence]` that go on where the cache ends."""
+        positions = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)
+        return (positions + self._seen_tokens(past_key_values)).unsqueeze(0)
+
+    def _finish_embedding(
+        self, inputs_embeds: torch.Tensor, position_ids: torch.Tensor
+    ) -> torch.Tensor:
+        """Apply what comes between the token embeddings and the first layer.
+
+        Positions are added before the multiplier, as in Megatron's LanguageModelEmbedding.
+        """
         if self.embed_positions is not None:
-            self._check_positions(position_ids, length)
             inputs_embeds = inputs_embeds + self.embed_positions(position_ids)
+        inputs_embeds = _multiply(inputs_embeds, self.config.embedding_multiplier)
+        if self.embed_norm is not None:
+            inputs_embeds = self.embed_norm(inputs_embeds)
         return nn.functional.dropout(inputs_embeds, self.config.hidden_dropout, self.training)
 
     def _check_positions(
@@ -544,7 +585,7 @@ class MTTModel(MTTPreTrainedModel):
         """
         table_size = self.config.max_position_embeddings
         too_long = isinstance(length, int) and length > table_size
-        if is_tracing(position_ids) or not (too_long or position_ids.device.type == "cpu"):
+        if not (too_long or position_ids.device.type == "cpu"):
             return
         largest = int(position_ids.max())
         if largest >= table_size:
@@ -552,6 +593,21 @@ class MTTModel(MTTPreTrainedModel):
                 f"Position {largest} is beyond the table of learned positions: found a sequence of "
                 f"{largest + 1} tokens, expected at most max_position_embeddings ({table_size}). "
                 "Shorten the prompt or the generation; a learned table cannot be extended."
+            )
+
+    def _check_attention(self, kwargs: dict[str, Any]) -> None:
+        """Raise where ALiBi would be left out in silence."""
+        implementation = self.config._attn_implementation
+        if "cache" in kwargs:
+            raise ValueError(
+                "ALiBi does not run with continuous batching: found its paged cache. "
+                "Use generate() in place of generate_batch()."
+            )
+        if implementation not in ALIBI_IMPLEMENTATIONS:
+            raise ValueError(
+                f"ALiBi adds a bias to attention scores: found attention implementation "
+                f"'{implementation}', expected one of {ALIBI_IMPLEMENTATIONS}. "
+                'Load the model with attn_implementation="sdpa".'
             )
 
 
@@ -619,6 +675,8 @@ class MTTForCausalLM(MTTPreTrainedModel, GenerationMixin):
 
         hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
         logits = self.lm_head(hidden_states)
+        if self.config.logits_scaling != 1.0:
+            logits = logits / self.config.logits_scaling
 
         loss = None
         if labels is not None:
@@ -642,16 +700,56 @@ class MTTForCausalLM(MTTPreTrainedModel, GenerationMixin):
         past_key_values: Cache | None,
         position_ids: torch.Tensor | None = None,
         **kwargs: Any,
-    ) -> torch.Tensor | None:
-        """Make the mask that `generate` passes with a static cache, as `MTTModel.forward` would."""
-        return create_causal_mask(
-            config=config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=position_ids,
-            layer_idx=self.model._first_layer(),
-        )
+    ) -> dict[str, Any]:
+        """Make the masks that `generate` passes with a static cache, as `MTTModel` would."""
+        return self.model.create_masks(inputs_embeds, attention_mask, past_key_values, position_ids)
 
 
-__all__ = ["MTTForCausalLM", "MTTModel", "MTTPreTrainedModel"]
+# The generic heads of transformers ask the auto classes for the decoder, which refuse to answer for
+# code that came with the weights: each builds its own here.
+
+
+class MTTForSequenceClassification(GenericForSequenceClassification, MTTPreTrainedModel):
+    """The decoder with a head that classifies a text by its last token."""
+
+    def __init__(self, config: MTTConfig) -> None:
+        super(GenericForSequenceClassification, self).__init__(config)
+        self.num_labels = config.num_labels
+        self.model = MTTModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+
+        self.post_init()
+
+
+class MTTForTokenClassification(GenericForTokenClassification, MTTPreTrainedModel):
+    """The decoder with a head that classifies each token."""
+
+    def __init__(self, config: MTTConfig) -> None:
+        super(GenericForTokenClassification, self).__init__(config)
+        self.num_labels = config.num_labels
+        self.model = MTTModel(config)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
+
+        self.post_init()
+
+
+class MTTForQuestionAnswering(GenericForQuestionAnswering, MTTPreTrainedModel):
+    """The decoder with a head that finds where an answer starts and ends."""
+
+    def __init__(self, config: MTTConfig) -> None:
+        super(GenericForQuestionAnswering, self).__init__(config)
+        self.model = MTTModel(config)
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+
+        self.post_init()
+
+
+__all__ = [
+    "MTTForCausalLM",
+    "MTTForQuestionAnswering",
+    "MTTForSequenceClassification",
+    "MTTForTokenClassification",
+    "MTTModel",
+    "MTTPreTrainedModel",
+]

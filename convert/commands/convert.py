@@ -1,15 +1,18 @@
-"""`mtt convert`: Megatron to Hugging Face."""
+"""`mtt convert`: Megatron to Hugging Face, and one Hugging Face family to another."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import time
+from typing import Any
 
-from ..cli import MEGATRON_ONLY, overrides
+from ..checkpoint import Checkpoint
+from ..cli import LAYOUT_OPTIONS, overrides
 from ..errors import UsageError
-from ..hf_folder import Conversion, plan_conversion
-from ..pipeline import check_target, convert, open_checkpoint
+from ..hf_folder import Conversion
+from ..hf_source import is_hf_folder
+from ..pipeline import check_target, convert, open_checkpoint, plan_conversion
 from ..plan import render
 from ..reading import window_size
 from .console import (
@@ -30,7 +33,9 @@ def run(args: argparse.Namespace) -> int:
     start = time.monotonic()
     workers = default_workers() if args.workers is None else args.workers
     _check(args, workers)
-    choices = {
+    choices: dict[str, Any] = {
+        "to": args.to,
+        **_layout(args),
         "model_type": args.model_type,
         "dtype": args.dtype,
         "max_shard_size": args.max_shard_size,
@@ -50,7 +55,6 @@ def run(args: argparse.Namespace) -> int:
         result = convert(
             args.source,
             args.target,
-            to=args.to,
             replicated=args.replicated,
             num_workers=workers,
             overwrite=args.overwrite,
@@ -72,15 +76,35 @@ def run(args: argparse.Namespace) -> int:
     rate = f"{size(plan.num_bytes)} in {seconds:.1f} s, {size(plan.num_bytes / seconds)}/s"
     print_table(
         (
-            ("from", f"{checkpoint.format}, {checkpoint.layout}, {checkpoint.num_files} files"),
-            ("model", f"{conversion.dtype}, vocabulary {conversion.config['vocab_size']}"),
+            ("from", _source(checkpoint)),
+            ("to", _target(args, conversion)),
+            ("model", _model(conversion)),
             ("tensors", f"{plan.num_tensors} in {len(plan.files)} files"),
             ("written", rate),
             ("left out", dropped_text(checkpoint.dropped)),
         )
     )
+    for note in conversion.notes:
+        say(f"  {note}")
     print_warnings(conversion.warnings)
     return 0
+
+
+def _source(checkpoint: Checkpoint) -> str:
+    files = f"{checkpoint.num_files} files"
+    if checkpoint.config:
+        return f"{checkpoint.dialect}, {files}"
+    return f"{checkpoint.format}, {checkpoint.layout}, {files}"
+
+
+def _target(args: argparse.Namespace, conversion: Conversion) -> str:
+    layout = conversion.config.get("layout")
+    return f"{args.to}, {layout}" if layout else ""
+
+
+def _model(conversion: Conversion) -> str:
+    facts = (conversion.model_type, conversion.dtype)
+    return f"{', '.join(filter(None, facts))}, vocabulary {conversion.config['vocab_size']}"
 
 
 def default_workers() -> int:
@@ -95,17 +119,21 @@ def default_workers() -> int:
 def _check(args: argparse.Namespace, workers: int) -> None:
     """What is wrong whatever the checkpoint is."""
     check_target(args.source, args.target)
-    given = [
-        words[0]
-        for words in MEGATRON_ONLY
-        if getattr(args, words[0].lstrip("-").replace("-", "_")) is not None
-    ]
-    if given:
+    if args.to is None:
+        if is_hf_folder(args.source):
+            raise UsageError(
+                "--to is missing: a Hugging Face folder has no usual target",
+                found=f"{args.source}, a Hugging Face folder",
+                fix="--to torch or --to torch_dist, or --to hf with --model-type NAME",
+            )
+        args.to = "hf"
+    given = [f"--{name.replace('_', '-')}" for name in _layout(args)]
+    if given and args.to == "hf":
         raise UsageError(
             f"{', '.join(given)}: a layout is only for a Megatron target",
             found=f"--to {args.to}",
             expected="a Hugging Face folder has no layout",
-            fix=f"leave out {', '.join(given)}",
+            fix=f"leave out {', '.join(given)}, or add --to torch or --to torch_dist",
         )
     if workers < 1:
         raise UsageError(
@@ -116,6 +144,12 @@ def _check(args: argparse.Namespace, workers: int) -> None:
         )
 
 
+def _layout(args: argparse.Namespace) -> dict[str, object]:
+    """The options of a Megatron target that were given."""
+    names = [option.lstrip("-").replace("-", "_") for option in LAYOUT_OPTIONS]
+    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+
+
 def _body(args: argparse.Namespace, conversion: Conversion) -> dict[str, object]:
     return {
         "source": conversion.checkpoint.folder,
@@ -124,6 +158,8 @@ def _body(args: argparse.Namespace, conversion: Conversion) -> dict[str, object]
         "bytes": conversion.plan.num_bytes,
         "dropped": {kind: list(names) for kind, names in conversion.checkpoint.dropped.items()},
         "warnings": list(conversion.warnings),
+        "model_type": conversion.model_type,
+        "exact_model_types": list(conversion.exact),
     }
 
 
@@ -146,4 +182,6 @@ def _print_plan(
         say(line)
     say(f"about {size(memory)} of memory for the windows of {workers} workers")
     say(f"{size(plan.num_bytes)} would be written to {args.target}")
+    for note in conversion.notes:
+        say(note)
     print_warnings(conversion.warnings)

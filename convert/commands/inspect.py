@@ -7,10 +7,10 @@ import time
 from collections import Counter
 from dataclasses import asdict
 
+from ..architecture import Architecture
 from ..checkpoint import Checkpoint
 from ..cli import overrides
-from ..errors import SourceError
-from ..formats import hf_safetensors
+from ..families import exact_families
 from ..pipeline import open_checkpoint
 from .console import dropped_text, print_json, print_table, print_warnings, say, size
 
@@ -18,17 +18,12 @@ from .console import dropped_text, print_json, print_table, print_warnings, say,
 def run(args: argparse.Namespace) -> int:
     """Print the facts of one checkpoint."""
     start = time.monotonic()
-    try:
-        checkpoint = open_checkpoint(
-            args.source,
-            iteration=args.iteration,
-            overrides=overrides(args),
-            skip_keys=args.skip_key,
-        )
-    except SourceError as error:
-        if error.fix is None and hf_safetensors.holds_model(args.source):
-            error.fix = "give the checkpoint it was made from; for the folder: mtt verify or diff"
-        raise
+    checkpoint = open_checkpoint(
+        args.source,
+        iteration=args.iteration,
+        overrides=overrides(args),
+        skip_keys=args.skip_key,
+    )
     if args.json:
         print_json("inspect", "ok", start, _facts(checkpoint))
     else:
@@ -47,6 +42,7 @@ def _facts(checkpoint: Checkpoint) -> dict[str, object]:
         "iterations": list(checkpoint.iterations),
         "layout": asdict(checkpoint.layout),
         "architecture": asdict(checkpoint.architecture),
+        "exact_model_types": list(exact_families(checkpoint.architecture)),
         "parameters": checkpoint.num_parameters,
         "tensors": len(checkpoint.tensors),
         "bytes": checkpoint.num_bytes,
@@ -62,7 +58,8 @@ def _print(checkpoint: Checkpoint) -> None:
     kind = "gated " if a.gated_linear_unit else ""
     biases = "all linears" if a.add_bias_linear else "qkv only" if a.has_qkv_bias else "none"
     true_size = a.vocab_size or "true size unknown"
-    iteration = "release" if checkpoint.iteration is None else checkpoint.iteration
+    iteration: object = "release" if checkpoint.iteration is None else checkpoint.iteration
+    iteration = None if checkpoint.config else iteration
     others = [n for n in checkpoint.iterations if n != checkpoint.iteration]
     say(checkpoint.folder)
     print_table(
@@ -70,7 +67,7 @@ def _print(checkpoint: Checkpoint) -> None:
             ("format", f"{checkpoint.format} ({'; '.join(checkpoint.evidence)})"),
             ("iteration", iteration),
             ("also here", ", ".join(map(str, others))),
-            ("layout", checkpoint.layout),
+            ("layout", None if checkpoint.config else checkpoint.layout),
             ("files", checkpoint.num_files),
             ("parameters", f"{checkpoint.num_parameters:,} in {len(checkpoint.tensors)} tensors"),
             ("size", size(checkpoint.num_bytes)),
@@ -82,12 +79,20 @@ def _print(checkpoint: Checkpoint) -> None:
             ("mlp", f"{a.ffn_hidden_size}, {kind}{a.activation}"),
             ("norm", f"{a.normalization}, eps {a.layernorm_epsilon:g}"),
             ("positions", f"{a.position_embedding_type}, {a.max_position_embeddings}"),
+            ("windows", _windows(a)),
             ("biases", biases),
             ("vocabulary", f"{a.padded_vocab_size} rows, {true_size}"),
             ("head", "own" if a.untie_embeddings_and_output_weights else "tied to the embedding"),
+            ("exactly a", ", ".join(exact_families(a))),
             ("left out", dropped_text(checkpoint.dropped)),
         )
     )
+
+
+def _windows(a: Architecture) -> str:
+    """Which layers see a limited number of tokens."""
+    count = sum(a.windowed_layers)
+    return f"{a.window_size[0] + 1} tokens in {count} layers" if a.window_size and count else ""
 
 
 def _dtypes(checkpoint: Checkpoint) -> Counter[str]:

@@ -22,6 +22,8 @@ _NOT_YET = (
     (r"language_model\.transformer\..*", "Megatron-LM before v2.1"),
 )
 DIALECTS = {"core_te": core_te.RULES, "core_local": core_local.RULES, "legacy": legacy.RULES}
+# Megatron-Core's `transformer_impl` -> the dialect that is written for it.
+WRITABLE = {"transformer_engine": core_te, "local": core_local}
 
 
 def detect(names: Iterable[str]) -> tuple[str, RuleTable]:

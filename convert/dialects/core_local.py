@@ -5,6 +5,7 @@
 
 from ..mapping import Rule, RuleTable
 from . import core_te
+from .modules import Modules
 
 _NORMS = {
     "self_attention.linear_qkv.layer_norm_{p}": "input_layernorm.{p}",
@@ -19,3 +20,27 @@ def _local(name: str) -> str:
 
 
 RULES = RuleTable(*(Rule(_local(rule.source), rule.target) for rule in core_te.RULES.rules))
+MODULES = Modules(
+    before=core_te.MODULES.before,
+    layer=(
+        "input_layernorm",
+        "self_attention.linear_proj",
+        "self_attention.linear_qkv",
+        "self_attention.q_layernorm",
+        "self_attention.k_layernorm",
+        "pre_mlp_layernorm",
+        "mlp.linear_fc1",
+        "mlp.linear_fc2",
+    ),
+    after=core_te.MODULES.after,
+    stateful=frozenset(
+        (
+            "self_attention.linear_proj",
+            "self_attention.linear_qkv",
+            "mlp.linear_fc1",
+            "mlp.linear_fc2",
+            "output_layer",
+        )
+    ),
+    bare=frozenset(("output_layer",)),
+)

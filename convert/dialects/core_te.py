@@ -4,6 +4,7 @@ Distributed checkpoints spell dense layers like this whatever the spec; so do ca
 """
 
 from ..mapping import Rule, RuleTable
+from .modules import Modules
 
 _NAMES = (
     "embedding.word_embeddings.weight",
@@ -20,3 +21,20 @@ _NAMES = (
     "output_layer.weight",
 )
 RULES = RuleTable(*(Rule(name, name) for name in _NAMES))
+_LAYER = (
+    "self_attention.core_attention",
+    "self_attention.linear_proj",
+    "self_attention.linear_qkv",
+    "self_attention.q_layernorm",
+    "self_attention.k_layernorm",
+    "mlp.linear_fc1",
+    "mlp.linear_fc2",
+)
+_AFTER = ("decoder.final_layernorm", "output_layer")
+MODULES = Modules(
+    before=("embedding.word_embeddings", "embedding.position_embeddings"),
+    layer=_LAYER,
+    after=_AFTER,
+    stateful=frozenset((*_LAYER, *_AFTER)),
+    bare=frozenset(("self_attention.core_attention", "output_layer")),
+)

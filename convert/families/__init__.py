@@ -1,39 +1,29 @@
-"""Hugging Face model families: one table file each.
+"""Hugging Face model families: one table file each, read in both directions.
 
-A new family is one new file with the names of `Family`, and one entry in `FAMILIES`.
+A new family is one new file with a `FAMILY`, and one entry in `FAMILIES`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
 
 from ..architecture import Architecture
-from ..mapping import RuleTable
-from . import mtt
+from . import gpt2, gpt_neox, llama, mistral, mtt, nemotron, qwen2, qwen3
+from .family import Family
+
+__all__ = ["FAMILIES", "Family", "exact_families"]
+
+# The families of transformers in the order in which they are preferred.
+FAMILIES: Mapping[str, Family] = {
+    module.FAMILY.name: module.FAMILY
+    for module in (mtt, llama, qwen2, qwen3, mistral, nemotron, gpt_neox, gpt2)
+}
 
 
-class Family(Protocol):
-    """What a family module has.
-
-    Attributes:
-        NAME: the `model_type` in `config.json`.
-        CAUSAL_LM: the class with a language-model head.
-        AUTO_MAP: where the Auto classes find code that travels with the weights; empty for
-            classes of transformers itself.
-        CODE: the package whose modules travel with the weights, or None.
-    """
-
-    NAME: str
-    CAUSAL_LM: str
-    AUTO_MAP: Mapping[str, str]
-    CODE: str | None
-
-    def rules(self, architecture: Architecture) -> RuleTable:
-        """The table for an architecture, canonical names on the left."""
-
-    def config(self, architecture: Architecture) -> dict[str, object]:
-        """The fields of `config.json` that describe an architecture."""
-
-
-FAMILIES: Mapping[str, Family] = {mtt.NAME: mtt}
+def exact_families(architecture: Architecture) -> tuple[str, ...]:
+    """The families of transformers itself that compute exactly an architecture."""
+    return tuple(
+        name
+        for name, family in FAMILIES.items()
+        if family.code is None and not family.misfits(architecture)
+    )

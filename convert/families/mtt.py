@@ -1,137 +1,99 @@
-"""Canonical names <-> `modeling_mtt`: the class that computes every dense Megatron GPT.
-
-Left, Megatron's words; right, Hugging Face's. They meet only in the tables of this file.
-"""
+"""`modeling_mtt`: the class that computes every dense Megatron GPT."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from ..argument_tables import Neutral
+from .family import Family
+from .fields import Choice, LayerWindows, Opposite, Rope, Same, Vocabulary, head_size
+from .names import decoder_rules
 
-from ..architecture import (
-    ROPE_SCALING_HIGH_FREQ_FACTOR,
-    ROPE_SCALING_LOW_FREQ_FACTOR,
-    ROPE_SCALING_ORIGINAL_MAX_POSITION_EMBEDDINGS,
-    Architecture,
+FAMILY = Family(
+    name="mtt",
+    causal_lm="MTTForCausalLM",
+    base_model="MTTModel",
+    prefix="model.",
+    auto_map={
+        "AutoConfig": "configuration_mtt.MTTConfig",
+        "AutoModel": "modeling_mtt.MTTModel",
+        "AutoModelForCausalLM": "modeling_mtt.MTTForCausalLM",
+        "AutoModelForQuestionAnswering": "modeling_mtt.MTTForQuestionAnswering",
+        "AutoModelForSequenceClassification": "modeling_mtt.MTTForSequenceClassification",
+        "AutoModelForTokenClassification": "modeling_mtt.MTTForTokenClassification",
+    },
+    code="modeling_mtt",
+    rules=decoder_rules,
+    fields=(
+        Vocabulary(),
+        Same("hidden_size", "hidden_size"),
+        Same("intermediate_size", "ffn_hidden_size"),
+        Same("num_hidden_layers", "num_layers"),
+        Same("num_attention_heads", "num_attention_heads"),
+        Same("num_key_value_heads", "num_query_groups", lambda c: c.get("num_attention_heads")),
+        Same("head_dim", "kv_channels", head_size),
+        Choice(
+            "hidden_act",
+            "activation",
+            {
+                "gelu": "gelu",
+                "gelu_pytorch_tanh": "gelu_tanh",
+                "silu": "silu",
+                "relu2": "squared_relu",
+            },
+        ),
+        Same("gated_mlp", "gated_linear_unit"),
+        Choice("norm_type", "normalization", {"layernorm": "LayerNorm", "rmsnorm": "RMSNorm"}),
+        Same("norm_eps", "layernorm_epsilon"),
+        Same("zero_centered_norm", "layernorm_zero_centered_gamma"),
+        Choice(
+            "position_embedding_type",
+            "position_embedding_type",
+            {"learned": "learned_absolute", "rope": "rope", "none": "none"},
+        ),
+        Same("max_position_embeddings", "max_position_embeddings"),
+        Rope(partial=True, optional=True),
+        Same("rope_interleave", "rotary_interleaved"),
+        LayerWindows(switched=False),
+        Same("use_parallel_residual", "parallel_residual"),
+        Choice(
+            ("attention_bias", "attention_out_bias", "mlp_bias"),
+            ("add_qkv_bias", "add_bias_linear"),
+            {
+                (False, False, False): (False, False),
+                (True, False, False): (True, False),
+                (True, True, True): (True, True),
+            },
+        ),
+        Same("use_qk_norm", "qk_layernorm"),
+        Opposite("tie_word_embeddings", "untie_embeddings_and_output_weights"),
+        Same("attention_dropout", "attention_dropout"),
+        Same("hidden_dropout", "hidden_dropout"),
+        Same("initializer_range", "init_method_std"),
+    ),
+    defaults={
+        "hidden_act": "gelu_pytorch_tanh",
+        "gated_mlp": False,
+        "norm_type": "layernorm",
+        "norm_eps": 1e-5,
+        "zero_centered_norm": False,
+        "position_embedding_type": "learned",
+        "attention_bias": True,
+        "attention_out_bias": True,
+        "mlp_bias": True,
+        "use_qk_norm": False,
+        "rope_interleave": False,
+        "use_parallel_residual": False,
+        "tie_word_embeddings": True,
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+        "initializer_range": 0.02,
+    },
+    neutral={
+        "shared_layernorm": Neutral("one norm for attention and MLP", (False,)),
+        "apply_residual_connection_post_layernorm": Neutral("residuals after norms", (False,)),
+        "embedding_norm": Neutral("a norm after the embedding", (False,)),
+        "embedding_multiplier": Neutral("scaled embeddings", (1.0, 1)),
+        "residual_multiplier": Neutral("scaled residuals", (1.0, 1)),
+        "attention_multiplier": Neutral("attention scores scaled by another number", (None,)),
+        "logits_scaling": Neutral("scaled logits", (1.0, 1)),
+    },
 )
-from ..errors import UnsupportedError
-from ..mapping import Rule, RuleTable
-from ..ops import SplitGated, SplitQKV, TrimVocab
-
-NAME = "mtt"
-CAUSAL_LM = "MTTForCausalLM"
-AUTO_MAP: Mapping[str, str] = {
-    "AutoConfig": "configuration_mtt.MTTConfig",
-    "AutoModel": "modeling_mtt.MTTModel",
-    "AutoModelForCausalLM": f"modeling_mtt.{CAUSAL_LM}",
-}
-CODE: str | None = "modeling_mtt"
-_IN, _OUT = "decoder.layers.{i}", "model.layers.{i}"
-_COMMON = (
-    Rule("embedding.word_embeddings.weight", "model.embed_tokens.weight", TrimVocab()),
-    Rule("embedding.position_embeddings.weight", "model.embed_positions.weight"),
-    Rule(f"{_IN}.self_attention.linear_qkv.layer_norm_{{p}}", f"{_OUT}.input_layernorm.{{p}}"),
-    Rule(
-        f"{_IN}.self_attention.linear_qkv.{{p}}",
-        f"{_OUT}.self_attn.{{q_proj,k_proj,v_proj}}.{{p}}",
-        SplitQKV(),
-    ),
-    Rule(f"{_IN}.self_attention.q_layernorm.{{p}}", f"{_OUT}.self_attn.q_norm.{{p}}"),
-    Rule(f"{_IN}.self_attention.k_layernorm.{{p}}", f"{_OUT}.self_attn.k_norm.{{p}}"),
-    Rule(f"{_IN}.self_attention.linear_proj.{{p}}", f"{_OUT}.self_attn.o_proj.{{p}}"),
-    Rule(f"{_IN}.mlp.linear_fc1.layer_norm_{{p}}", f"{_OUT}.post_attention_layernorm.{{p}}"),
-    Rule(f"{_IN}.mlp.linear_fc2.{{p}}", f"{_OUT}.mlp.down_proj.{{p}}"),
-    Rule("decoder.final_layernorm.{p}", "model.norm.{p}"),
-    Rule("output_layer.weight", "lm_head.weight", TrimVocab()),
-)
-_FC1 = f"{_IN}.mlp.linear_fc1.{{p}}"
-_GATED = RuleTable(*_COMMON, Rule(_FC1, f"{_OUT}.mlp.{{gate_proj,up_proj}}.{{p}}", SplitGated()))
-_PLAIN = RuleTable(*_COMMON, Rule(_FC1, f"{_OUT}.mlp.up_proj.{{p}}"))
-
-# config.json's field -> the architecture's: equal values, opposite values, and renamed choices.
-SAME = {
-    "hidden_size": "hidden_size",
-    "intermediate_size": "ffn_hidden_size",
-    "num_hidden_layers": "num_layers",
-    "num_attention_heads": "num_attention_heads",
-    "num_key_value_heads": "num_query_groups",
-    "head_dim": "kv_channels",
-    "gated_mlp": "gated_linear_unit",
-    "norm_eps": "layernorm_epsilon",
-    "zero_centered_norm": "layernorm_zero_centered_gamma",
-    "max_position_embeddings": "max_position_embeddings",
-    "attention_bias": "has_qkv_bias",
-    "attention_out_bias": "add_bias_linear",
-    "mlp_bias": "add_bias_linear",
-    "use_qk_norm": "qk_layernorm",
-    "attention_dropout": "attention_dropout",
-    "hidden_dropout": "hidden_dropout",
-    "initializer_range": "init_method_std",
-}
-OPPOSITE = {"tie_word_embeddings": "untie_embeddings_and_output_weights"}
-CHOICES = {
-    "hidden_act": (
-        "activation",
-        {
-            "gelu": "gelu",
-            "gelu_tanh": "gelu_pytorch_tanh",
-            "silu": "silu",
-            "squared_relu": "relu2",
-        },
-    ),
-    "norm_type": ("normalization", {"LayerNorm": "layernorm", "RMSNorm": "rmsnorm"}),
-    "position_embedding_type": (
-        "position_embedding_type",
-        {"learned_absolute": "learned", "rope": "rope", "none": "none"},
-    ),
-}
-
-
-def rules(architecture: Architecture) -> RuleTable:
-    """The table for this architecture, canonical names on the left."""
-    return _GATED if architecture.gated_linear_unit else _PLAIN
-
-
-def config(architecture: Architecture) -> dict[str, object]:
-    """The fields of `MTTConfig` that describe this architecture.
-
-    Raises:
-        UnsupportedError: see `_rope`.
-    """
-    a = architecture
-    return {
-        "vocab_size": a.vocab_size or a.padded_vocab_size,
-        **{ours: getattr(a, theirs) for ours, theirs in SAME.items()},
-        **{ours: not getattr(a, theirs) for ours, theirs in OPPOSITE.items()},
-        **{ours: names[getattr(a, theirs)] for ours, (theirs, names) in CHOICES.items()},
-        "rope_parameters": _rope(a) if a.position_embedding_type == "rope" else None,
-    }
-
-
-def _rope(a: Architecture) -> dict[str, object]:
-    """`rope_parameters` as transformers 5 spells them.
-
-    Raises:
-        UnsupportedError: two kinds of scaling at once.
-    """
-    parameters: dict[str, object] = {"rope_theta": a.rotary_base, "rope_type": "default"}
-    if a.rotary_percent != 1.0:
-        parameters["partial_rotary_factor"] = a.rotary_percent
-    if a.rope_scaling_factor is not None and a.rotary_seq_len_interpolation_factor is not None:
-        raise UnsupportedError(
-            "rope scaling and interpolation at once cannot be represented",
-            found=f"rope_scaling_factor = {a.rope_scaling_factor:g}, "
-            f"rotary_seq_len_interpolation_factor = {a.rotary_seq_len_interpolation_factor:g}",
-            expected="one of them",
-        )
-    if a.rope_scaling_factor is not None:
-        parameters |= {
-            "rope_type": "llama3",
-            "factor": a.rope_scaling_factor,
-            "low_freq_factor": ROPE_SCALING_LOW_FREQ_FACTOR,
-            "high_freq_factor": ROPE_SCALING_HIGH_FREQ_FACTOR,
-            "original_max_position_embeddings": ROPE_SCALING_ORIGINAL_MAX_POSITION_EMBEDDINGS,
-        }
-    if a.rotary_seq_len_interpolation_factor is not None:
-        factor = a.rotary_seq_len_interpolation_factor
-        parameters |= {"rope_type": "linear", "factor": factor}
-    return parameters

@@ -77,12 +77,14 @@ def _recognised(folder: str) -> UnsupportedError | None:
         found = "a DeepSpeed universal checkpoint"
     elif ".zmetadata" in names or ".zarray" in names:
         found = "a zarr checkpoint"
-    elif "config.json" in names and any(n.endswith(".safetensors") for n in names):
-        found = "a Hugging Face folder"
+    elif "adapter_config.json" in names:
+        found = "a PEFT adapter: merge it into its model first, and save that"
+    elif "config.json" not in names and any(n.endswith(".safetensors") for n in names):
+        found = "safetensors files without a config.json"
     if found is None:
         return None
     return UnsupportedError(
-        f"{folder} cannot be read as a Megatron checkpoint",
+        f"{folder} cannot be read as a checkpoint",
         found=found,
-        expected="Megatron's torch or torch_dist format",
+        expected="Megatron's torch or torch_dist format, or a Hugging Face folder",
     )

@@ -25,6 +25,9 @@ from ..tensors import LazyTensor
 
 INDEX = "model.safetensors.index.json"
 _MAX_HEADER_BYTES = 100_000_000
+# The order the safetensors library writes element types in: the largest first.
+_ORDER = "U64 I64 F64 F32 U32 I32 BF16 F16 U16 I16 F8_E4M3 F8_E5M2 I8 U8 BOOL".split()
+_RANK = {name: rank for rank, name in enumerate(_ORDER)}
 
 
 def holds_model(folder: str) -> bool:
@@ -110,7 +113,11 @@ def _damaged(path: str, found: str, expected: str = "a safetensors file") -> Cor
 def plan_files(
     tensors: Mapping[str, LazyTensor], dtype: str, max_shard_bytes: int
 ) -> tuple[tuple[PlannedFile, ...], bytes | None]:
-    """Distribute tensors over safetensors files, in the order given.
+    """Distribute tensors over safetensors files as transformers does.
+
+    Tensors go to files in the order given; in a file they stand by element type and name. So the
+    files are byte for byte those that `save_pretrained` writes, given the order of a class's own
+    modules.
 
     Args:
         tensors: output name -> tensor.
@@ -136,9 +143,13 @@ def plan_files(
     )
     if len(files) == 1:
         return files, None
-    total = sum(tensor.num_bytes for file in files for tensor in file.tensors)
-    weight_map = {tensor.name: file.name for file in files for tensor in file.tensors}
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    planned = [(file.name, tensor) for file in files for tensor in file.tensors]
+    metadata = {
+        "total_parameters": sum(tensor.source.num_elements for _, tensor in planned),
+        "total_size": sum(tensor.num_bytes for _, tensor in planned),
+    }
+    weight_map = {tensor.name: name for name, tensor in planned}
+    index = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
     return files, document(index)
 
 
@@ -147,6 +158,7 @@ def _file_name(number: int, count: int) -> str:
 
 
 def _planned_file(name: str, group: Sequence[tuple[str, LazyTensor, DType]]) -> PlannedFile:
+    group = sorted(group, key=lambda item: (_RANK[item[2].safetensors], item[0]))
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     position = 0
     for tensor_name, tensor, dtype in group:
@@ -164,4 +176,4 @@ def _planned_file(name: str, group: Sequence[tuple[str, LazyTensor, DType]]) -> 
     for tensor_name, tensor, dtype in group:
         planned.append(PlannedTensor(tensor_name, tensor, dtype, position))
         position += planned[-1].num_bytes
-    return PlannedFile(name, data, tuple(planned))
+    return PlannedFile(name, ((0, data),), tuple(planned))

@@ -10,7 +10,7 @@
                           optimizer?, opt_param_scheduler?, rng_state?, ...}
 
 `model` is flat since Megatron-Core ("decoder.layers.0...") and nested dicts before; both are
-read as dotted names. (megatron/training/checkpointing.py, core 0.16.1.)
+read as dotted names, the flat one is written. (megatron/training/checkpointing.py, core 0.16.1.)
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from __future__ import annotations
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 
@@ -30,10 +30,12 @@ from ..errors import (
     MappingError,
     UnsupportedError,
 )
+from ..plan import PlannedFile
 from ..tensors import LazyTensor
 from .folders import Place, iteration_folder, listing
+from .pickle_writer import Call, Global, Instance
 from .pickles import is_opaque
-from .torch_zip import load
+from .torch_zip import ORDERED_DICT, Weight, load, plan, tensor_value
 from .values import holds_tensors, iteration, plain_arguments, scalar, version
 
 NAME = "torch"
@@ -348,3 +350,60 @@ def _leaves(
             yield from _leaves(value, file, f"{name}.", depth + 1)
         else:
             yield name, value
+
+
+@dataclass(frozen=True, slots=True)
+class RankModel:
+    """What one rank's file will hold.
+
+    Attributes:
+        tp, pp: the rank's coordinates.
+        args: Megatron's arguments, plain values.
+        chunks: per virtual chunk, names as in the file; None for an empty `_extra_state`.
+    """
+
+    tp: int
+    pp: int
+    args: Mapping[str, object]
+    chunks: tuple[Mapping[str, Weight | None], ...]
+
+
+def plan_files(
+    folder: str, layout: Layout, ranks: Iterable[RankModel], iteration: int
+) -> tuple[PlannedFile, ...]:
+    """One file per rank, below the iteration's folder."""
+    files = []
+    for rank in ranks:
+        suffix = f"_{rank.pp:03d}" if layout.pp > 1 else ""
+        name = f"{folder}/mp_rank_{rank.tp:02d}{suffix}/{_FILE}"
+        files.append(_rank_file(name, rank, iteration))
+    return tuple(files)
+
+
+def _rank_file(name: str, rank: RankModel, iteration: int) -> PlannedFile:
+    weights: dict[int, Weight] = {}
+    models: dict[str, object] = {}
+    for number, chunk in enumerate(rank.chunks):
+        label = f"model{number}" if len(rank.chunks) > 1 else "model"
+        entries: dict[str, object] = {}
+        for entry, weight in chunk.items():
+            if weight is None:
+                entries[entry] = None
+                continue
+            key = len(weights)
+            weights[key] = Weight(f"{label}.{entry}", weight.source, weight.dtype)
+            entries[entry] = tensor_value(weight, key)
+        models[label] = Call(ORDERED_DICT, (), entries)
+    content = {
+        "args": namespace(rank.args),
+        "checkpoint_version": 3.0,
+        "iteration": iteration,
+        **models,
+    }
+    zipped = plan(content, weights, _FILE.removesuffix(".pt"))
+    return PlannedFile(name, zipped.fixed, zipped.tensors)
+
+
+def namespace(args: Mapping[str, object]) -> Instance:
+    """Arguments as Megatron stores them."""
+    return Instance(Global("argparse", "Namespace"), args)

@@ -8,6 +8,9 @@
 
 Homogeneous layers are stacked: `decoder.layers.self_attention.linear_qkv.weight` is [L, ...];
 otherwise names carry the global layer number. Names under `optimizer.` are never opened.
+Stacked layers are written, each layer and each tensor-parallel rank's part a chunk of its own,
+as Megatron-Core does; what no reader asks for is left out: the plans of the ranks that saved, and
+the path and the identifier of the save.
 (megatron/core/dist_checkpointing/strategies/torch.py, core 0.16.1; torch.distributed.checkpoint.)
 """
 
@@ -17,15 +20,20 @@ import json
 import os
 import re
 from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-from ..boxes import Ints, tiles
+from ..boxes import Box, Ints, tiles
 from ..checkpoint import Layout, RawCheckpoint, Shard
+from ..dtypes import DType
 from ..errors import CorruptError, IncompleteError, SourceError, UnsupportedError, UsageError
-from ..tensors import LazyTensor, Piece
+from ..plan import PlannedFile, PlannedTensor, document
+from ..tensors import LazyTensor, Piece, stack
 from .folders import Place
+from .pickle_writer import Call, Global, Instance, Pairs, dumps
 from .pickles import Record, load_pickle
-from .torch_zip import load
+from .torch_zip import Weight, load, plan, tensor_value
 from .values import iteration, plain_arguments, records, sizes, version
 
 NAME = "torch_dist"
@@ -37,6 +45,7 @@ _STATE = re.compile(
 )
 _MODEL = re.compile(r"(embedding|encoder|decoder|output_layer|mtp)\b")
 _KINDS = {"optimizer": "optimizer", "rng": "rng", "rerun": "rerun state", "extra": "_extra_state"}
+_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 _STACKED = re.compile(r"decoder\.layers\.(?!\d+\.)(.+)")
 
 
@@ -253,3 +262,197 @@ def _numbered(name: str, tensor: LazyTensor) -> dict[str, LazyTensor]:
         return {name: tensor}
     layers = tensor.unstack()
     return {f"decoder.layers.{layer}.{hit[1]}": part for layer, part in enumerate(layers)}
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A part of a global tensor that one rank writes.
+
+    Attributes:
+        name: canonical, with the layer's number.
+        shape: of the whole tensor.
+        box: where the part is in it.
+        weight: its elements and dtype.
+    """
+
+    name: str
+    shape: Ints
+    box: Box
+    weight: Weight
+
+
+@dataclass(frozen=True, slots=True)
+class RankChunks:
+    """What one rank writes: tensors, and objects that are empty (`_extra_state`).
+
+    Megatron-Core asks for these objects whatever its strictness, and stores them in a list.
+    """
+
+    chunks: tuple[Chunk, ...]
+    objects: tuple[str, ...]
+
+
+def plan_files(
+    folder: str,
+    ranks: Iterable[RankChunks],
+    num_layers: int,
+    common: Mapping[str, object],
+    max_file_bytes: int,
+) -> tuple[tuple[PlannedFile, ...], dict[str, bytes]]:
+    """The files of one iteration.
+
+    Args:
+        folder: the iteration's, as seen from the output folder.
+        ranks: by global rank.
+        num_layers: layers that are stacked.
+        common: what `common.pt` holds besides its tags.
+        max_file_bytes: a rank's file is continued in another beyond this.
+
+    Returns:
+        The chunk files, and the small files by name: `.metadata` comes last.
+    """
+    index = _Index(num_layers)
+    files: list[PlannedFile] = []
+    for number, rank in enumerate(ranks):
+        files += _rank_files(folder, number, rank, index, max_file_bytes)
+    tags = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
+    content = {**common, "content_metadata": tags}
+    backends = {"sharded_backend": NAME, "sharded_backend_version": 1}
+    backends |= {"common_backend": "torch", "common_backend_version": 1}
+    (_, common_file), *_ = plan(content, {}, "common").fixed
+    documents = {
+        f"{folder}/common.pt": common_file,
+        f"{folder}/metadata.json": document(backends),
+        f"{folder}/.metadata": dumps(index.metadata()),
+    }
+    return tuple(files), documents
+
+
+def _rank_files(
+    folder: str, number: int, rank: RankChunks, index: _Index, max_file_bytes: int
+) -> list[PlannedFile]:
+    """A rank's chunks, one zip after another, in as many files as they need."""
+    files: list[PlannedFile] = []
+    fixed: list[tuple[int, bytes]] = []
+    tensors: list[PlannedTensor] = []
+    position = 0
+
+    def close() -> None:
+        nonlocal fixed, tensors, position
+        if position:
+            name = f"{folder}/{_file_name(number, len(files))}"
+            files.append(PlannedFile(name, tuple(fixed), tuple(tensors)))
+        fixed, tensors, position = [], [], 0
+
+    for name in rank.objects:
+        zipped = plan([None], {}, "archive", position)
+        name = _object_name(name, index.num_layers)
+        index.add_object(name, _file_name(number, 0), position, zipped.end - position)
+        fixed += zipped.fixed
+        position = zipped.end
+    for chunk in rank.chunks:
+        if position and position + chunk.weight.num_bytes > max_file_bytes:
+            close()
+        name, shape, start, weight = _stacked(chunk, index.num_layers)
+        zipped = plan(tensor_value(weight, 0), {0: weight}, "archive", position)
+        place = (_file_name(number, len(files)), position, zipped.end - position)
+        index.add_chunk(name, shape, start, weight, place)
+        fixed += zipped.fixed
+        tensors += zipped.tensors
+        position = zipped.end
+    close()
+    return files
+
+
+def _file_name(rank: int, writer: int) -> str:
+    return f"__{rank}_{writer}.distcp"
+
+
+def _stacked(chunk: Chunk, num_layers: int) -> tuple[str, Ints, Ints, Weight]:
+    """Name, shape, start and part of a chunk within all layers stacked."""
+    name, shape, start = chunk.name, chunk.shape, chunk.box[0]
+    source = chunk.weight.source
+    if hit := _LAYER.fullmatch(name):
+        name = f"decoder.layers.{hit[2]}"
+        shape, start, source = (num_layers, *shape), (int(hit[1]), *start), stack([source])
+    label = f"{name} [{', '.join(map(str, start))}]"
+    return name, shape, start, Weight(label, source, chunk.weight.dtype)
+
+
+def _object_name(name: str, num_layers: int) -> str:
+    """An object among those of all layers, or the only one of its name."""
+    if hit := _LAYER.fullmatch(name):
+        return f"decoder.layers.{hit[2]}/shard_{hit[1]}_{num_layers}"
+    return f"{name}/shard_0_1"
+
+
+def _class(path: str) -> Global:
+    module, _, name = f"torch.distributed.checkpoint.{path}".rpartition(".")
+    return Global(module, name)
+
+
+def _size(sizes: Ints) -> Call:
+    return Call(Global("torch", "Size"), (sizes,))
+
+
+@dataclass(slots=True)
+class _Index:
+    """Collects what `.metadata` says: every tensor's chunks, and where each stands."""
+
+    num_layers: int
+    _objects: list[str] = field(default_factory=list)
+    _tensors: dict[str, tuple[Ints, DType]] = field(default_factory=dict)
+    _chunks: dict[str, list[object]] = field(default_factory=lambda: defaultdict(list))
+    _storage: list[tuple[object, object]] = field(default_factory=list)
+
+    def add_object(self, name: str, file: str, offset: int, length: int) -> None:
+        """An object that is no tensor."""
+        self._objects.append(name)
+        self._place(name, None, (file, offset, length))
+
+    def add_chunk(
+        self, name: str, shape: Ints, start: Ints, weight: Weight, place: tuple[str, int, int]
+    ) -> None:
+        """A chunk of a tensor."""
+        self._tensors[name] = (shape, weight.dtype)
+        state = {"offsets": _size(start), "sizes": _size(weight.source.shape)}
+        self._chunks[name].append(Instance(_class("metadata.ChunkStorageMetadata"), state))
+        self._place(name, _size(start), place)
+
+    def _place(self, name: str, offset: Call | None, place: tuple[str, int, int]) -> None:
+        key = {"fqn": name, "offset": offset, "index": None}
+        fields = ("relative_path", "offset", "length")
+        info = {**dict(zip(fields, place, strict=True)), "transform_descriptors": None}
+        self._storage.append(
+            (
+                Instance(_class("metadata.MetadataIndex"), key),
+                Instance(_class("filesystem._StorageInfo"), info),
+            )
+        )
+
+    def metadata(self) -> Instance:
+        """The object that `.metadata` is a pickle of."""
+        entries: dict[str, object] = {
+            name: self._tensor(name, shape, dtype) for name, (shape, dtype) in self._tensors.items()
+        }
+        empty = Instance(_class("metadata.BytesStorageMetadata"), {})
+        entries |= dict.fromkeys(self._objects, empty)
+        state = {
+            "state_dict_metadata": entries,
+            "planner_data": None,
+            "storage_data": Pairs(tuple(self._storage)),
+            "storage_meta": None,
+            "version": "1.0.0",
+        }
+        return Instance(_class("metadata.Metadata"), state)
+
+    def _tensor(self, name: str, shape: Ints, dtype: DType) -> Instance:
+        layout = Call(Global("torch.serialization", "_get_layout"), ("torch.strided",))
+        contiguous = Call(_class("metadata._MEM_FORMAT_ENCODING"), (0,))
+        properties = (dtype, layout, False, contiguous, False)
+        state = {
+            "properties": Instance(_class("metadata.TensorProperties"), properties),
+            "size": _size(shape),
+            "chunks": self._chunks[name],
+        }
+        return Instance(_class("metadata.TensorStorageMetadata"), state)

@@ -326,7 +326,7 @@ _STUBS += [
         "WriteItemType"
     ).split()
 ]
-_STORAGES = {
+STORAGES = {
     "Double": "float64",
     "Float": "float32",
     "Half": "float16",
@@ -361,7 +361,7 @@ _TABLE: dict[str, Any] = {
     "torch._utils._rebuild_parameter_with_state": _Known(lambda tensor, *_: tensor),
     "torch._tensor._rebuild_from_type_v2": _Known(_rebuild_subclass),
     **{f"torch.{name}": dtype for name, dtype in DTYPES.items()},
-    **{f"torch.{name}Storage": DTYPES[dtype] for name, dtype in _STORAGES.items()},
+    **{f"torch.{name}Storage": DTYPES[dtype] for name, dtype in STORAGES.items()},
     "torch.storage.UntypedStorage": DTYPES["uint8"],
     "torch.storage._LegacyStorage": DTYPES["uint8"],
     **{name: _inert(Record, name) for name in _RECORDS},

@@ -7,7 +7,11 @@
 
 Only the zip directory and the pickle are read; tensors come back as `LazyTensor`s that point
 into the file. A `.distcp` file is several such zips one after another, so every function takes
-the byte range of the zip.
+the byte range of the zip, or the position it begins at.
+
+`plan` decides every byte of such a file but those of its tensors and their checksums. As torch
+does, storages begin at multiples of 64 bytes; the extra field of a record's header makes room.
+Sizes of 4 GiB and more stand in ZIP64 fields (PKWARE's APPNOTE.TXT 6.3.10, 4.3 and 4.5.3).
 """
 
 from __future__ import annotations
@@ -15,11 +19,18 @@ from __future__ import annotations
 import os
 import struct
 import zipfile
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, BinaryIO, cast
 
+from ..boxes import row_major
 from ..dtypes import DType
 from ..errors import CorruptError, SourceError, UnsupportedError
-from .pickles import StorageRef, load_pickle
+from ..plan import PlannedTensor
+from ..tensors import LazyTensor
+from .pickle_writer import Call, Global, StorageKey, dumps
+from .pickles import STORAGES, StorageRef, load_pickle
 
 _OLD_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch/serialization.py MAGIC_NUMBER
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
@@ -147,3 +158,174 @@ class _Window:
         data = os.pread(self._file.fileno(), count, self._start + self._position)
         self._position += len(data)
         return data
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """A tensor to be written: its name in the plan, its elements, and the dtype it gets."""
+
+    name: str
+    source: LazyTensor
+    dtype: DType
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes it takes in the file."""
+        return self.source.num_elements * self.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedZip:
+    """A zip whose tensors are still in other files.
+
+    Attributes:
+        fixed: position in the file -> bytes.
+        tensors: where the tensors' bytes and checksums belong.
+        end: position behind the zip.
+    """
+
+    fixed: tuple[tuple[int, bytes], ...]
+    tensors: tuple[PlannedTensor, ...]
+    end: int
+
+
+ORDERED_DICT = Global("collections", "OrderedDict")
+_STORAGE_NAMES = {dtype: name for name, dtype in STORAGES.items() if name != "Untyped"}
+_ALIGNMENT = 64
+_PADDING_ID = 0x4246  # "FB", caffe2/serialize/inline_container.cc
+_ZIP64_ID = 1
+_STORED_VERSION, _ZIP64_VERSION = 20, 45
+_UTF8 = 1 << 11
+_EPOCH_DATE = 0x21  # 1980-01-01, the first date a zip can name
+_FULL_16, _FULL_32 = 0xFFFF, 0xFFFFFFFF
+
+
+def tensor_value(weight: Weight, key: int) -> Call:
+    """How torch.save spells a contiguous tensor that fills a storage of its own."""
+    storage = Global("torch", f"{_STORAGE_NAMES[weight.dtype.name]}Storage")
+    shape = weight.source.shape
+    reference = StorageKey(storage, str(key), weight.source.num_elements)
+    rebuild = Global("torch._utils", "_rebuild_tensor_v2")
+    return Call(rebuild, (reference, 0, shape, row_major(shape), False, Call(ORDERED_DICT)))
+
+
+def plan(value: object, weights: Mapping[int, Weight], prefix: str, start: int = 0) -> PlannedZip:
+    """Lay out the zip of one object.
+
+    Args:
+        value: the object as `pickle_writer` writes it, tensors as `tensor_value(weight, key)`.
+        weights: storage key -> the tensor that fills it.
+        prefix: the name of the zip's root, e.g. `archive`.
+        start: position in the file where the zip begins.
+    """
+    writer = _ZipPlanner(prefix, start)
+    writer.add("data.pkl", dumps(value))
+    writer.add(".format_version", b"1")
+    writer.add(".storage_alignment", str(_ALIGNMENT).encode())
+    writer.add("byteorder", b"little")
+    for key, weight in weights.items():
+        writer.add(f"data/{key}", weight)
+    writer.add("version", b"3\n")
+    return writer.finish()
+
+
+@dataclass(slots=True)
+class _ZipPlanner:
+    """Places records one after another, then the directory of them all."""
+
+    prefix: str
+    start: int
+    _fixed: list[tuple[int, bytes]] = field(default_factory=list)
+    _records: list[tuple[str, int, int, int, Weight | None, int]] = field(default_factory=list)
+    _position: int = 0
+
+    def __post_init__(self) -> None:
+        self._position = self.start
+
+    def add(self, name: str, content: bytes | Weight) -> None:
+        """One record, stored as it is."""
+        name = f"{self.prefix}/{name}"
+        weight = content if isinstance(content, Weight) else None
+        size = content.num_bytes if isinstance(content, Weight) else len(content)
+        checksum = 0 if isinstance(content, Weight) else zlib.crc32(content)
+        header_at = self._position
+        extra = struct.pack("<HHQQ", _ZIP64_ID, 16, size, size) if size >= _FULL_32 else b""
+        before = _LOCAL_HEADER.size + len(name) + len(extra) + 4
+        padding = -(header_at - self.start + before) % _ALIGNMENT
+        extra += struct.pack("<HH", _PADDING_ID, padding) + b"Z" * padding
+        version = _ZIP64_VERSION if size >= _FULL_32 else _STORED_VERSION
+        header = struct.pack("<4sH", b"PK\x03\x04", version)
+        header += _shared_fields(name, size, checksum, extra)
+        header += name.encode() + extra
+        data = content if isinstance(content, bytes) else b""
+        self._put(header_at, header + data)
+        data_at = header_at + len(header)
+        self._records.append((name, header_at, size, checksum, weight, data_at))
+        self._position = data_at + size
+
+    def finish(self) -> PlannedZip:
+        """The directory, and with it the whole plan."""
+        directory_at = entry_at = self._position
+        entries, tensors = [], []
+        for name, header_at, size, checksum, weight, data_at in self._records:
+            entries.append(_directory_entry(name, header_at - self.start, size, checksum))
+            if weight is not None:
+                checksum_at = (header_at + 14, entry_at + 16)
+                tensors.append(
+                    PlannedTensor(weight.name, weight.source, weight.dtype, data_at, checksum_at)
+                )
+            entry_at += len(entries[-1])
+        directory = b"".join(entries)
+        end = _directory_end(len(self._records), len(directory), directory_at - self.start)
+        self._put(directory_at, directory + end)
+        return PlannedZip(
+            tuple(self._fixed), tuple(tensors), directory_at + len(directory) + len(end)
+        )
+
+    def _put(self, position: int, data: bytes) -> None:
+        """Bytes at a position; what follows known bytes directly is joined to them."""
+        if self._fixed and self._fixed[-1][0] + len(self._fixed[-1][1]) == position:
+            position, data = self._fixed[-1][0], self._fixed[-1][1] + data
+            self._fixed.pop()
+        self._fixed.append((position, data))
+
+
+def _shared_fields(name: str, size: int, checksum: int, extra: bytes) -> bytes:
+    """What a record's header and its entry in the directory say alike."""
+    short = min(size, _FULL_32)
+    names = (len(name), len(extra))
+    return struct.pack("<HHHHIIIHH", _UTF8, 0, 0, _EPOCH_DATE, checksum, short, short, *names)
+
+
+def _directory_entry(name: str, header_at: int, size: int, checksum: int) -> bytes:
+    large = [size, size] if size >= _FULL_32 else []
+    large += [header_at] if header_at >= _FULL_32 else []
+    extra = struct.pack(f"<HH{len(large)}Q", _ZIP64_ID, 8 * len(large), *large) if large else b""
+    version = _ZIP64_VERSION if large else _STORED_VERSION
+    entry = struct.pack("<4sHH", b"PK\x01\x02", version, version)
+    entry += _shared_fields(name, size, checksum, extra)
+    entry += struct.pack("<HHHII", 0, 0, 0, 0, min(header_at, _FULL_32))
+    return entry + name.encode() + extra
+
+
+def _directory_end(count: int, size: int, position: int) -> bytes:
+    end = b""
+    if count >= _FULL_16 or size >= _FULL_32 or position >= _FULL_32:
+        version = _ZIP64_VERSION
+        end += struct.pack(
+            "<4sQHHIIQQQQ", b"PK\x06\x06", 44, version, version, 0, 0, count, count, size, position
+        )
+        end += struct.pack("<4sIQI", b"PK\x06\x07", 0, position + size, 1)
+    short = min(count, _FULL_16)
+    end += struct.pack(
+        "<4sHHHHIIH",
+        b"PK\x05\x06",
+        0,
+        0,
+        short,
+        short,
+        min(size, _FULL_32),
+        min(position, _FULL_32),
+        0,
+    )
+    return end

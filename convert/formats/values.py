@@ -113,6 +113,8 @@ def iteration(content: Mapping[str, object], place: Place, where: str) -> int | 
             expected=str(place.iteration),
             fix="rename the folder, or copy the right files into it",
         )
+    if place.iteration is None and os.path.basename(place.folder) == "release":
+        return None
     return value if isinstance(value, int) else place.iteration
 
 

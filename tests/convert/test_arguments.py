@@ -261,16 +261,34 @@ def test_objects_of_unknown_classes_are_never_neutral(name: str) -> None:
 
 
 def test_all_refused_arguments_are_named_at_once() -> None:
-    odd = {**CORE, "num_experts": 8, "window_size": [64, 0], "softmax_type": "learnable"}
+    odd = {**CORE, "num_experts": 8, "qk_l2_norm": True, "softmax_type": "learnable"}
     with pytest.raises(UnsupportedError) as caught:
         architecture_from_args(odd)
     assert caught.value.found == (
+        "qk_l2_norm = True (Llama 4's norm without weights on queries and keys); "
         "softmax_type = 'learnable' (a softmax with an offset or a learned sink); "
-        "window_size = [64, 0] (sliding-window attention); "
         "num_experts = 8 (mixture of experts)"
     )
-    assert caught.value.expected == "softmax_type = vanilla; window_size = None; num_experts = None"
-    assert "--set softmax_type=vanilla --set window_size=None" in str(caught.value.fix)
+    expected = "qk_l2_norm = False; softmax_type = vanilla; num_experts = None"
+    assert caught.value.expected == expected
+    assert "--set qk_l2_norm=False --set softmax_type=vanilla" in str(caught.value.fix)
+
+
+def test_a_sliding_window() -> None:
+    window = {**CORE, "window_size": [64, 0], "window_attn_skip_freq": [1, 0, 1, 1]}
+    architecture = architecture_from_args({**window, "num_layers": 4})
+    assert architecture.windowed_layers == (True, False, True, True)
+    assert architecture.window_size == (64, 0)
+    every = architecture_from_args({**window, "num_layers": 4, "window_attn_skip_freq": 2})
+    assert every.windowed_layers == (True, False, True, False)
+    for odd in ({"window_size": [64]}, {"window_size": 64}, {"window_attn_skip_freq": [2, 0]}):
+        with pytest.raises(UnsupportedError, match="cannot use this sliding window"):
+            architecture_from_args({**window, "num_layers": 4, **odd})
+
+
+def test_interleaved_rotation() -> None:
+    rope = {**CORE, "position_embedding_type": "rope", "rotary_interleaved": True}
+    assert architecture_from_args(rope).rotary_interleaved
 
 
 def test_layers_used_once_each_are_plain() -> None:

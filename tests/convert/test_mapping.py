@@ -8,7 +8,7 @@ from mtt_convert.architecture import Architecture
 from mtt_convert.dialects import DIALECTS
 from mtt_convert.dtypes import DTYPES
 from mtt_convert.errors import MappingError
-from mtt_convert.families import mtt
+from mtt_convert.families import FAMILIES
 from mtt_convert.mapping import Rule, RuleTable
 from mtt_convert.ops import SplitGated
 from mtt_convert.parameters import expected
@@ -70,7 +70,7 @@ def tensor(*shape: int) -> LazyTensor:
 def test_every_family_rule_undoes_itself(gated: bool) -> None:
     architecture = replace(TINY, gated_linear_unit=gated)
     source = {name: tensor(*shape) for name, shape in expected(architecture).items()}
-    table = mtt.rules(architecture)
+    table = FAMILIES["mtt"].rules(architecture)
     back = table.inverse.apply(table.apply(source, architecture), architecture)
     assert {n: t.shape for n, t in back.items()} == {n: t.shape for n, t in source.items()}
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mtt_convert import convert
-from mtt_convert.families import mtt
+from mtt_convert.families import names
 from mtt_convert.logits import compare_logits
 from mtt_convert.mapping import Rule, RuleTable
 from mtt_convert.ops import SplitGated, SplitQKV, Tensors
@@ -66,14 +66,11 @@ def test_a_wrong_layout_fails(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def rules(architecture: object) -> RuleTable:
-        table = mtt._GATED
-        return RuleTable(
-            *(
-                Rule(rule.source, rule.target, wrong) if type(rule.op) is right else rule  # type: ignore[arg-type]
-                for rule in table.rules
-            )
+    table = RuleTable(
+        *(
+            Rule(rule.source, rule.target, wrong) if type(rule.op) is right else rule  # type: ignore[arg-type]
+            for rule in names._TABLES[True].rules
         )
-
-    monkeypatch.setattr(mtt, "rules", rules)
+    )
+    monkeypatch.setitem(names._TABLES, True, table)
     assert difference(golden, tmp_path / "wrong") > 1e-2

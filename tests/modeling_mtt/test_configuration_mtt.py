@@ -52,7 +52,10 @@ def test_defaults_describe_a_gpt():
             {"hidden_act": "tanh"},
             "'hidden_act' expected one of ('gelu', 'gelu_pytorch_tanh', 'silu', 'relu2'), got tanh",
         ),
-        ({"position_embedding_type": "alibi"}, "expected one of ('learned', 'rope', 'none')"),
+        (
+            {"position_embedding_type": "relative"},
+            "expected one of ('learned', 'rope', 'alibi', 'none')",
+        ),
         ({"gated_mlp": "yes"}, "'gated_mlp' expected bool, got str"),
         (
             {"rope_parameters": {"rope_theta": 1e4}},

@@ -1,0 +1,287 @@
+"""A Hugging Face folder as a source: `config.json` and safetensors files of a known family.
+
+    config.json                  model_type -> family -> Architecture
+    model*.safetensors, index    the family's names -> canonical names
+
+What older versions of transformers saved beside the weights is left out and reported: buffers
+that are computed anew, and the head of a model whose head is tied, which must be equal. Names
+without the prefix of the model with a head are those of a folder that was saved without it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping
+
+from . import parameters
+from .architecture import Architecture
+from .checkpoint import Checkpoint, Layout, Replicas
+from .dtypes import DTYPES
+from .errors import (
+    CorruptError,
+    IncompleteError,
+    MappingError,
+    SourceError,
+    UnsupportedError,
+    UsageError,
+)
+from .families import FAMILIES, Family
+from .formats import hf_safetensors
+from .mapping import RuleTable, shorten
+from .tensors import LazyTensor, zeros
+from .tokenizer import has_tokenizer
+
+FORMAT = "hf"
+_HEAD, _EMBEDDING = "output_layer.weight", "embedding.word_embeddings.weight"
+
+
+def is_hf_folder(path: str) -> bool:
+    """Whether a path is a Hugging Face folder with weights of any kind."""
+    if not os.path.isfile(os.path.join(path, "config.json")):
+        return False
+    return hf_safetensors.holds_model(path) or bool(_other_weights(path))
+
+
+def _other_weights(folder: str) -> list[str]:
+    """Weights in files that mtt does not read."""
+    endings = (".safetensors", ".bin", ".bin.index.json", ".h5", ".msgpack", ".gguf", ".pth")
+    return sorted(n for n in os.listdir(folder) if n.endswith(endings) and n != "training_args.bin")
+
+
+def open_hf_folder(
+    path: str,
+    *,
+    iteration: int | None = None,
+    overrides: Mapping[str, object] | None = None,
+    skip_keys: Iterable[str] = (),
+) -> Checkpoint:
+    """Open a Hugging Face folder: its metadata under canonical names, no tensor bytes.
+
+    Args:
+        path: a folder with `config.json` and safetensors files; links are followed.
+        iteration, overrides: only for Megatron checkpoints.
+        skip_keys: names of tensors that are not part of the model and may be left out.
+
+    Raises:
+        SourceError: it cannot be used; the subclass and message say why.
+        UsageError: an option that is for Megatron checkpoints.
+    """
+    given = {"--iteration": iteration is not None, "--set or --config": bool(overrides)}
+    if named := [name for name, value in given.items() if value]:
+        raise UsageError(
+            f"{', '.join(named)}: only for a Megatron checkpoint",
+            found=f"{path}, a Hugging Face folder",
+            fix="leave it out: config.json says what the model is",
+        )
+    folder = os.path.abspath(path)
+    config = read_config(folder)
+    family = family_of(config, folder)
+    _check_class(family, config)
+    _check_weights(folder)
+    architecture = family.architecture(config)
+    stored = hf_safetensors.read_tensors(folder)
+    skipped = tuple(sorted(set(stored) & set(skip_keys)))
+    buffers = tuple(n for n in stored if re.fullmatch(family.buffers, n) and n not in skipped)
+    named_tensors = _with_prefix(
+        {n: t for n, t in stored.items() if n not in {*skipped, *buffers}}, family
+    )
+    tensors, replicas = _canonical(named_tensors, family, architecture)
+    dropped = {"skipped": skipped, "buffers": buffers}
+    if replicas:
+        dropped["tied copy"] = (_HEAD,)
+    files = {piece.path for tensor in tensors.values() for piece in tensor.pieces}
+    return Checkpoint(
+        format=FORMAT,
+        folder=folder,
+        layout=Layout(),
+        dialect=family.name,
+        architecture=architecture,
+        tensors={name: tensors[name] for name in parameters.expected(architecture)},
+        iteration=None,
+        args=_tokenizer_arguments(folder),
+        replicas=replicas,
+        dropped={kind: names for kind, names in dropped.items() if names},
+        warnings=(*family.warnings(config), *_foreign_code(family, config)),
+        evidence=(f"config.json with model_type {family.name}",),
+        num_files=len(files),
+        iterations=(),
+        config=config,
+    )
+
+
+def read_config(folder: str) -> Mapping[str, object]:
+    """The fields of `config.json`.
+
+    Raises:
+        SourceError: it cannot be read.
+        CorruptError: it is no JSON object.
+    """
+    path = os.path.join(folder, "config.json")
+    try:
+        with open(path, "rb") as file:
+            config = json.load(file)
+    except OSError as error:
+        raise SourceError(f"{path} cannot be read", found=str(error)) from error
+    except (ValueError, RecursionError) as error:
+        raise CorruptError(f"{path} is damaged", found=str(error), fix="copy it again") from error
+    if not isinstance(config, dict):
+        raise CorruptError(
+            f"{path} is damaged", found=type(config).__name__, expected="a JSON object"
+        )
+    return config
+
+
+def family_of(config: Mapping[str, object], folder: str) -> Family:
+    """The family `model_type` names.
+
+    Raises:
+        UnsupportedError: mtt has no table for it.
+    """
+    name = config.get("model_type")
+    if not isinstance(name, str) or name not in FAMILIES:
+        raise UnsupportedError(
+            f"mtt cannot read this kind of model: {folder}",
+            found=f"model_type = {name!r}",
+            expected=", ".join(sorted(FAMILIES)),
+        )
+    return FAMILIES[name]
+
+
+def _check_class(family: Family, config: Mapping[str, object]) -> None:
+    """Raise UnsupportedError for another head, or weights that are not plain numbers."""
+    names = config.get("architectures") or []
+    known = (family.causal_lm, family.base_model)
+    if not isinstance(names, list) or any(name not in known for name in names):
+        raise UnsupportedError(
+            "mtt converts language models only",
+            found=f"architectures = {names!r}",
+            expected=family.causal_lm,
+        )
+    if config.get("quantization_config"):
+        details = config["quantization_config"]
+        method = details.get("quant_method") if isinstance(details, dict) else None
+        raise UnsupportedError(
+            "the weights are kept in a quantised form",
+            found=f"quantization_config with quant_method = {method!r}",
+            expected="weights in float32, float16 or bfloat16",
+            fix="give the folder this one was quantised from",
+        )
+
+
+def _check_weights(folder: str) -> None:
+    """Raise UnsupportedError for weights that are not in safetensors files."""
+    if hf_safetensors.holds_model(folder):
+        return
+    raise UnsupportedError(
+        f"the weights of {folder} cannot be read",
+        found=shorten(_other_weights(folder), 4),
+        expected=f"model.safetensors, or {hf_safetensors.INDEX} with its files",
+        fix="load it with transformers and call save_pretrained, which writes safetensors files",
+    )
+
+
+def _with_prefix(tensors: Mapping[str, LazyTensor], family: Family) -> Mapping[str, LazyTensor]:
+    """Tensors under the names of the class with a head."""
+    if any(name.startswith(family.prefix) for name in tensors):
+        return tensors
+    return {family.prefix + name: tensor for name, tensor in tensors.items()}
+
+
+def _canonical(
+    stored: Mapping[str, LazyTensor], family: Family, architecture: Architecture
+) -> tuple[dict[str, LazyTensor], tuple[Replicas, ...]]:
+    """Tensors under canonical names, and the copy of the embedding that a tied head is."""
+    table = family.rules(architecture)
+    head, embedding = (table.resolve([name])[0].targets[0] for name in (_HEAD, _EMBEDDING))
+    tensors = dict(stored)
+    replicas: tuple[Replicas, ...] = ()
+    if head in tensors and not architecture.untie_embeddings_and_output_weights:
+        copy = tensors.pop(head)
+        if embedding in tensors:
+            pair = (tensors[embedding], copy)
+            where = tuple(
+                f"{name} in {os.path.basename(tensor.pieces[0].path)}"
+                for name, tensor in zip((embedding, head), pair, strict=True)
+            )
+            replicas = (Replicas(_HEAD, pair, where, tied=True),)
+    _check_complete(tensors, table, architecture)
+    _check_types(tensors, table)
+    return table.inverse.apply(tensors, architecture), replicas
+
+
+def _check_complete(
+    tensors: Mapping[str, LazyTensor], table: RuleTable, architecture: Architecture
+) -> None:
+    """Hold the tensors of the files against those the configuration describes.
+
+    Raises:
+        IncompleteError: tensors are missing.
+        MappingError: there are tensors this model does not have.
+        CorruptError: a shape contradicts the configuration.
+    """
+    fix = "copy the folder again, or correct config.json if it belongs to another model"
+    if architecture.num_layers > len(tensors):
+        raise IncompleteError(
+            "layers are missing; nothing was written",
+            found=f"{len(tensors)} tensors",
+            expected=f"those of {architecture.num_layers} layers",
+            fix=fix,
+        )
+    blank = {
+        name: zeros(DTYPES["float32"], shape)
+        for name, shape in parameters.expected(architecture).items()
+    }
+    wanted = {name: t.shape for name, t in table.apply(blank, architecture).items()}
+    if missing := [name for name in wanted if name not in tensors]:
+        raise IncompleteError(
+            f"{len(missing)} of {len(wanted)} tensors are missing; nothing was written",
+            found=f"{len(tensors)} tensors",
+            expected=shorten(missing),
+            fix=fix,
+        )
+    if extra := [name for name in tensors if name not in wanted]:
+        raise MappingError(
+            f"{len(extra)} tensors do not belong to the model config.json describes",
+            found=shorten(extra),
+            expected=f"the {len(wanted)} tensors of {architecture.num_layers} layers",
+            fix=f"{fix}; --skip-key NAME leaves out what is no part of the model",
+        )
+    for name, shape in wanted.items():
+        if tensors[name].shape != shape:
+            raise CorruptError(
+                f"{name} has another shape than config.json says",
+                found=str(list(tensors[name].shape)),
+                expected=str(list(shape)),
+                fix=fix,
+            )
+
+
+def _check_types(tensors: Mapping[str, LazyTensor], table: RuleTable) -> None:
+    """Raise UnsupportedError for element types that are no weights, or cannot be joined."""
+    for match in table.inverse.resolve(tensors):
+        found = {name: tensors[name].dtype for name in match.sources}
+        odd = [dtype for dtype in found.values() if not dtype.is_floating]
+        if odd or len(set(found.values())) > 1:
+            raise UnsupportedError(
+                "weights that are no plain numbers" if odd else "weights of several types as one",
+                found=", ".join(f"{name} in {dtype}" for name, dtype in found.items()),
+                expected="float32, float16 or bfloat16" if odd else "one type",
+            )
+
+
+def _tokenizer_arguments(folder: str) -> Mapping[str, object]:
+    """Where the tokenizer is, as Megatron says it."""
+    if not has_tokenizer(folder):
+        return {}
+    return {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": folder}
+
+
+def _foreign_code(family: Family, config: Mapping[str, object]) -> tuple[str, ...]:
+    if family.code is not None or not config.get("auto_map"):
+        return ()
+    return (
+        f"the folder brings code of its own (auto_map); what is converted is what "
+        f"{family.causal_lm} of transformers computes",
+    )

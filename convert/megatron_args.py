@@ -1,0 +1,295 @@
+"""`Architecture` -> Megatron's arguments: those stored in a checkpoint, and those of a launch.
+
+`arguments.py` reads what is written here, and `model_arguments` makes sure of it: what Megatron's
+arguments cannot say is refused by name. Names are those of Megatron-Core 0.16; where an older
+release reads another name (`norm_epsilon`, `apply_layernorm_1p`) both are stored. (Source:
+training/arguments.py and load_args_from_checkpoint in training/checkpointing.py, core_v0.16.1.)
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from .architecture import Architecture
+from .argument_tables import FOREIGN, NEUTRAL, RENAMED, SETTINGS
+from .arguments import OWN, architecture_from_args, is_neutral
+from .checkpoint import Layout
+from .dtypes import DTYPES, DType
+from .errors import UnsupportedError
+
+# Stored as they are in the architecture.
+_SAME = (
+    "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels "
+    "padded_vocab_size max_position_embeddings position_embedding_type rotary_percent "
+    "normalization layernorm_epsilon layernorm_zero_centered_gamma add_bias_linear add_qkv_bias "
+    "qk_layernorm untie_embeddings_and_output_weights attention_dropout hidden_dropout "
+    "init_method_std"
+).split()
+_DEFAULT_ROPE_SCALING_FACTOR = 8.0
+# pretrain_gpt.py accepts these and builds the model without them (see arguments.py).
+_IGNORED_BY_PRETRAIN_GPT = {
+    "rope_scaling_factor": (8.0, "in every release so far"),
+    "rotary_seq_len_interpolation_factor": (None, "before core_v0.19"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """How a Megatron checkpoint is written.
+
+    Attributes:
+        format: `torch` or `torch_dist`.
+        layout: sizes.
+        transformer_impl: `transformer_engine` or `local`.
+        make_vocab_size_divisible_by: with the tensor-parallel size, what the vocabulary is padded
+            to a multiple of.
+        pipeline_layout: a custom pipeline, or None.
+    """
+
+    format: str
+    layout: Layout
+    transformer_impl: str
+    make_vocab_size_divisible_by: int
+    pipeline_layout: str | None = None
+
+    def padded_vocab_size(self, rows: int) -> int:
+        """Rows of the embedding for so many tokens (vocab_size_with_padding, tokenizer.py)."""
+        multiple = self.make_vocab_size_divisible_by * self.layout.tp
+        return -(-rows // multiple) * multiple
+
+
+def model_arguments(a: Architecture) -> dict[str, object]:
+    """The arguments that describe a model.
+
+    Raises:
+        UnsupportedError: the model computes something that they cannot say.
+    """
+    gelu_tanh = a.activation == "gelu_tanh"
+    arguments: dict[str, object] = {
+        **{name: getattr(a, name) for name in _SAME},
+        "norm_epsilon": a.layernorm_epsilon,
+        "apply_layernorm_1p": a.layernorm_zero_centered_gamma,
+        "add_position_embedding": True,
+        "use_rotary_position_embeddings": False,
+        "rotary_base": _whole(a.rotary_base),
+        "rotary_seq_len_interpolation_factor": _whole(a.rotary_seq_len_interpolation_factor),
+        "rotary_interleaved": a.rotary_interleaved,
+        "window_size": a.window_size,
+        "window_attn_skip_freq": _list(a.window_attn_skip_freq),
+        "use_rope_scaling": a.rope_scaling_factor is not None,
+        "rope_scaling_factor": a.rope_scaling_factor or _DEFAULT_ROPE_SCALING_FACTOR,
+        "group_query_attention": a.num_query_groups != a.num_attention_heads,
+        "swiglu": a.gated_linear_unit and a.activation == "silu",
+        "squared_relu": a.activation == "squared_relu",
+        "openai_gelu": False,
+        "onnx_safe": False,
+        "bias_gelu_fusion": gelu_tanh and a.add_bias_linear,
+        "use_te_activation_func": gelu_tanh and not a.add_bias_linear,
+        "use_legacy_models": False,
+    }
+    arguments[OWN] = {
+        "vocab_size": a.vocab_size,
+        "certain": [name for name in _IGNORED_BY_PRETRAIN_GPT if _is_used(a, name)],
+    }
+    _check(a, architecture_from_args({**arguments, "params_dtype": a.params_dtype}))
+    return arguments
+
+
+def _whole(number: float | None) -> float | int | None:
+    """Megatron's flags take whole numbers for what a checkpoint may have with a fraction."""
+    return int(number) if number is not None and float(number).is_integer() else number
+
+
+def _list(flags: int | tuple[int, ...] | None) -> int | list[int] | None:
+    """Megatron asks whether it is a list."""
+    return list(flags) if isinstance(flags, tuple) else flags
+
+
+def _is_used(a: Architecture, name: str) -> bool:
+    value, (default, _) = getattr(a, name), _IGNORED_BY_PRETRAIN_GPT[name]
+    return value is not None and value != default
+
+
+def _check(wanted: Architecture, said: Architecture) -> None:
+    """Hold what the arguments say against what they should."""
+    a, b = wanted.forward_pass(), said.forward_pass()
+    if lost := [name for name in a if a[name] != b.get(name)]:
+        raise UnsupportedError(
+            "Megatron-Core's arguments cannot describe this model; nothing was written",
+            found=", ".join(f"{name} = {a[name]}" for name in lost),
+            expected=", ".join(f"{name} = {b.get(name)}" for name in lost),
+            fix="convert it with --to hf, which can represent it",
+        )
+
+
+def ignored_by_training(a: Architecture) -> list[str]:
+    """Warnings about what Megatron-LM's own training script would not use."""
+    return [
+        f"Megatron-LM's pretrain_gpt.py ignores {name} ({getattr(a, name):g}) {when}: "
+        "train with a script that passes it to the model"
+        for name, (_, when) in _IGNORED_BY_PRETRAIN_GPT.items()
+        if _is_used(a, name)
+    ]
+
+
+def layout_arguments(a: Architecture, target: Target, rank: int) -> dict[str, object]:
+    """The arguments that describe how the model was split and saved, for one rank."""
+    layout = target.layout
+    interleaved = layout.vpp > 1 and target.pipeline_layout is None
+    stage_layers = a.num_layers // (layout.pp * layout.vpp) if interleaved else None
+    return {
+        "tensor_model_parallel_size": layout.tp,
+        "pipeline_model_parallel_size": layout.pp,
+        "transformer_pipeline_model_parallel_size": layout.pp,
+        "virtual_pipeline_model_parallel_size": layout.vpp if layout.vpp > 1 else None,
+        "num_layers_per_virtual_pipeline_stage": stage_layers,
+        "num_virtual_stages_per_pipeline_rank": None,
+        "pipeline_model_parallel_layout": target.pipeline_layout,
+        "decoder_first_pipeline_num_layers": None,
+        "decoder_last_pipeline_num_layers": None,
+        "account_for_embedding_in_pipeline_split": False,
+        "account_for_loss_in_pipeline_split": False,
+        "expert_model_parallel_size": 1,
+        "expert_tensor_parallel_size": layout.tp,
+        "context_parallel_size": 1,
+        "data_parallel_size": 1,
+        "world_size": layout.tp * layout.pp,
+        "rank": rank,
+        "local_rank": rank,
+        "transformer_impl": target.transformer_impl,
+        "make_vocab_size_divisible_by": target.make_vocab_size_divisible_by,
+        "ckpt_format": target.format,
+        "use_dist_ckpt": target.format != "torch",
+        "no_save_optim": True,
+        "no_save_rng": True,
+    }
+
+
+def carried_arguments(args: Mapping[str, object]) -> dict[str, object]:
+    """Arguments of a source that hold for its copy too: plain, and not about the model."""
+    described = {*SETTINGS, *RENAMED, *FOREIGN, OWN}
+    return {
+        name: value
+        for name, value in args.items()
+        if name not in described
+        and (name not in NEUTRAL or is_neutral(name, value))
+        and _is_plain(value)
+    }
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    if isinstance(value, dict):
+        return all(isinstance(name, str) and _is_plain(item) for name, item in value.items())
+    return value is None or isinstance(value, (bool, int, float, str, DType))
+
+
+def precision_arguments(dtype: str, seq_length: object, a: Architecture) -> dict[str, object]:
+    """The arguments for the dtype the weights are written in."""
+    length = seq_length if isinstance(seq_length, int) else a.max_position_embeddings
+    return {
+        "params_dtype": DTYPES[dtype],
+        "fp16": dtype == "float16",
+        "bf16": dtype == "bfloat16",
+        "seq_length": length,
+    }
+
+
+# Stored argument -> the flag that sets it. A flag without a value is given where the argument is
+# True, or False for those marked "-".
+_SWITCHES = {
+    "group_query_attention": "--group-query-attention",
+    "layernorm_zero_centered_gamma": "--apply-layernorm-1p",
+    "add_bias_linear": "-disable-bias-linear",
+    "qk_layernorm": "--qk-layernorm",
+    "swiglu": "--swiglu",
+    "squared_relu": "--squared-relu",
+    "bias_gelu_fusion": "-no-bias-gelu-fusion",
+    "use_te_activation_func": "--use-te-activation-func",
+    "untie_embeddings_and_output_weights": "--untie-embeddings-and-output-weights",
+    "rotary_interleaved": "--rotary-interleaved",
+    "use_rope_scaling": "--use-rope-scaling",
+    "fp16": "--fp16",
+    "bf16": "--bf16",
+}
+_VALUES = (
+    "num_layers hidden_size ffn_hidden_size num_attention_heads kv_channels "
+    "max_position_embeddings seq_length position_embedding_type normalization attention_dropout "
+    "hidden_dropout init_method_std make_vocab_size_divisible_by padded_vocab_size "
+    "tensor_model_parallel_size pipeline_model_parallel_size transformer_impl"
+).split()
+_OPTIONAL_VALUES = (
+    "num_layers_per_virtual_pipeline_stage pipeline_model_parallel_layout "
+    "rotary_seq_len_interpolation_factor window_size window_attn_skip_freq"
+).split()
+
+
+def launch_flags(args: Mapping[str, object]) -> list[list[str]]:
+    """Command-line flags of pretrain_gpt.py that rebuild the model of stored arguments."""
+    flags = [[_flag(name), _text(args[name])] for name in _VALUES]
+    flags += [["--norm-epsilon", _text(args["layernorm_epsilon"])]]
+    if args["group_query_attention"]:
+        flags += [["--num-query-groups", _text(args["num_query_groups"])]]
+    if args["position_embedding_type"] == "rope":
+        flags += [[_flag(name), _text(args[name])] for name in ("rotary_base", "rotary_percent")]
+    if args["use_rope_scaling"]:
+        flags += [["--rope-scaling-factor", _text(args["rope_scaling_factor"])]]
+    if args["add_qkv_bias"] and not args["add_bias_linear"]:
+        flags += [["--add-qkv-bias"]]
+    flags += [[_flag(n), _text(args[n])] for n in _OPTIONAL_VALUES if args[n] is not None]
+    for name, flag in _SWITCHES.items():
+        wanted = flag.startswith("--")
+        if args[name] is wanted:
+            flags.append([flag if wanted else f"-{flag}"])
+    return flags
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _text(value: object) -> str:
+    if isinstance(value, (list, tuple)):  # parsed by Megatron as a Python literal
+        return str(value).replace(" ", "")
+    return repr(value) if isinstance(value, float) else str(value)
+
+
+def launch_script(
+    args: Mapping[str, object], tokenizer_folder: str | None, true_vocab_size: int, version: str
+) -> bytes:
+    """`megatron_args.sh`: the arguments as a bash array, for the user's own launch script.
+
+    Args:
+        args: as stored in the checkpoint.
+        tokenizer_folder: where a Hugging Face tokenizer stands beside the script, if there is one.
+        true_vocab_size: tokens of the vocabulary, padding left out.
+        version: mtt's.
+    """
+    flags = [" ".join(shlex.quote(word) for word in flag) for flag in launch_flags(args)]
+    if tokenizer_folder is not None:
+        flags.append(
+            f'--tokenizer-type HuggingFaceTokenizer --tokenizer-model "$HERE/{tokenizer_folder}"'
+        )
+    else:
+        # Megatron's null tokenizer adds one token for the end of a document.
+        flags.append(f"--tokenizer-type NullTokenizer --vocab-size {true_vocab_size - 1}")
+    world = args["world_size"]
+    body = "\n".join(f"    {flag}" for flag in flags)
+    text = f"""\
+# The arguments with which Megatron-LM rebuilds the model in this folder, written by mtt {version}.
+#
+#     source megatron_args.sh
+#     torchrun --nproc-per-node {world} pretrain_gpt.py "${{MEGATRON_ARGS[@]}}" --data-path ...
+#
+# There is no optimizer state: training begins with a fresh optimizer.
+HERE="$(cd "$(dirname "${{BASH_SOURCE[0]}}")" && pwd)"
+MEGATRON_ARGS=(
+{body}
+    --load "$HERE" --ckpt-format {args["ckpt_format"]} --exit-on-missing-checkpoint
+    --finetune --no-load-optim --no-load-rng
+)
+"""
+    return text.encode()

@@ -1,0 +1,319 @@
+"""What goes into a Megatron checkpoint: arguments, vocabulary padding, every rank's part.
+
+    OUT/iter_0001000/ or release/        the ranks' files, see formats/
+        tokenizer/                       the tokenizer's files, where there are any
+        megatron_args.sh                 launch arguments that rebuild the model
+        latest_checkpointed_iteration.txt    last: Megatron looks for it first
+
+A model that was never an iteration of Megatron is a `release`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from . import topology
+from .architecture import Architecture
+from .arguments import OWN
+from .checkpoint import Checkpoint, Layout
+from .dialects import WRITABLE
+from .dialects.modules import Modules
+from .documents import special_tokens
+from .dtypes import DTYPES
+from .errors import UsageError
+from .formats import megatron_torch, megatron_torch_dist
+from .formats.folders import TRACKER
+from .formats.megatron_torch import RankModel
+from .formats.megatron_torch_dist import Chunk, RankChunks
+from .formats.torch_zip import Weight
+from .hf_folder import (
+    CAST_DTYPES,
+    Conversion,
+    choose_tokenizer,
+    main_dtype,
+    stored_rows,
+    stored_tokens,
+    true_vocabulary,
+)
+from .layouts import Stage, num_chunks, plan_stages
+from .mapping import RuleTable
+from .megatron_args import (
+    Target,
+    carried_arguments,
+    ignored_by_training,
+    launch_script,
+    layout_arguments,
+    model_arguments,
+    precision_arguments,
+)
+from .ops import resize_rows
+from .parameters import VOCABULARY
+from .plan import ConversionPlan, parse_size
+from .tensors import LazyTensor
+from .tokenizer import Tokenizer
+from .version import __version__
+
+_TOKENIZER = "tokenizer"
+_DEFAULT_DIVISOR = 128
+Tensors = Mapping[str, LazyTensor]
+FORMATS = ("torch", "torch_dist")
+
+
+def plan_conversion(
+    checkpoint: Checkpoint,
+    *,
+    to: str,
+    tp: int = 1,
+    pp: int = 1,
+    vpp: int | None = None,
+    ep: int = 1,
+    etp: int | None = None,
+    pipeline_model_parallel_layout: str | None = None,
+    transformer_impl: str | None = None,
+    make_vocab_size_divisible_by: int | None = None,
+    dtype: str = "auto",
+    max_shard_size: str = "5GB",
+    vocab_padding: str | None = None,
+    tokenizer: str | None = None,
+) -> Conversion:
+    """Decide everything about a Megatron checkpoint; nothing is written.
+
+    Args:
+        checkpoint: an open checkpoint.
+        to: `torch` or `torch_dist`.
+        tp, pp, vpp, ep, etp: parallel sizes.
+        pipeline_model_parallel_layout: Megatron's string for a custom pipeline.
+        transformer_impl: `transformer_engine` or `local`; None keeps the source's.
+        make_vocab_size_divisible_by: None keeps the source's, or is 128.
+        dtype: `auto` as stored, or one of `CAST_DTYPES`.
+        max_shard_size: of one `.distcp` file; a `torch` rank is one file whatever its size.
+        vocab_padding: `keep` all rows the source has, or `trim` to what the layout needs; None
+            trims where the true size is known.
+        tokenizer: see `hf_folder.plan_conversion`.
+
+    Raises:
+        LayoutError: the model cannot be divided like this.
+        UnsupportedError: Megatron-Core does not compute this model.
+        UsageError: options that contradict each other or the checkpoint.
+    """
+    _check_choices(dtype, transformer_impl, make_vocab_size_divisible_by)
+    if pipeline_model_parallel_layout is not None:
+        vpp = _chunks_of(pipeline_model_parallel_layout, pp, vpp)
+    if etp not in (None, 1, tp):
+        raise UsageError(
+            "a dense model has no experts to divide",
+            found=f"--etp {etp}",
+            expected="none",
+            fix="leave out --etp",
+        )
+    target = Target(
+        format=to,
+        layout=Layout(tp, pp, vpp or 1, ep),
+        transformer_impl=transformer_impl or _source_impl(checkpoint),
+        make_vocab_size_divisible_by=make_vocab_size_divisible_by or _source_divisor(checkpoint),
+        pipeline_layout=pipeline_model_parallel_layout,
+    )
+    stages = plan_stages(checkpoint.architecture, target.layout, target.pipeline_layout)
+    warnings = list(checkpoint.warnings)
+    words = choose_tokenizer(checkpoint, tokenizer)
+    true_size = true_vocabulary(checkpoint, words, vocab_padding, warnings)
+    tokens = special_tokens(words, checkpoint.config or stored_tokens(checkpoint))
+    rows = stored_rows(checkpoint)
+    needed = rows if vocab_padding == "keep" or true_size is None else true_size
+    padded = target.padded_vocab_size(needed)
+    architecture = replace(
+        checkpoint.architecture, vocab_size=true_size or rows, padded_vocab_size=padded
+    )
+    warnings += ignored_by_training(architecture)
+    tensors = {
+        name: resize_rows(tensor, min(rows, padded), padded) if name in VOCABULARY else tensor
+        for name, tensor in checkpoint.tensors.items()
+    }
+    stored = main_dtype(tensors) if dtype == "auto" else dtype
+    args = _arguments(checkpoint, architecture, words, stored)
+    args[OWN] = {**_own(args), "rows": min(rows, padded), "special_tokens": tokens}
+    trained = checkpoint.iteration is not None and checkpoint.iteration >= 0
+    folder = f"iter_{checkpoint.iteration:07d}" if trained else "release"
+    writer = _Writer(target, architecture, stages, tensors, args, dtype)
+    iteration = (checkpoint.iteration or 0) if trained else 0
+    if to == "torch":
+        files = megatron_torch.plan_files(folder, target.layout, writer.models(), iteration)
+        documents: dict[str, bytes] = {}
+    else:
+        files, documents = megatron_torch_dist.plan_files(
+            folder,
+            writer.chunks(),
+            architecture.num_layers,
+            writer.common(iteration),
+            parse_size(max_shard_size),
+        )
+    documents |= {f"{_TOKENIZER}/{name}": data for name, data in words.files.items()}
+    documents["megatron_args.sh"] = launch_script(
+        writer.arguments(0), _TOKENIZER if words.files else None, true_size or rows, __version__
+    )
+    documents[TRACKER] = (str(checkpoint.iteration) if trained else "release").encode()
+    plan = ConversionPlan(files, documents, checkpoint.replicas)
+    return Conversion(
+        checkpoint=checkpoint,
+        plan=plan,
+        config={"vocab_size": padded, "layout": str(target.layout)},
+        tokens=tokens,
+        dtype=stored,
+        tokenizer=words,
+        warnings=tuple(warnings),
+        model_type="",
+    )
+
+
+def _check_choices(dtype: str, transformer_impl: str | None, divisor: int | None) -> None:
+    if dtype != "auto" and dtype not in CAST_DTYPES:
+        raise UsageError(f"unknown dtype {dtype!r}", expected=f"auto, {', '.join(CAST_DTYPES)}")
+    if transformer_impl is not None and transformer_impl not in WRITABLE:
+        raise UsageError(
+            f"unknown transformer implementation {transformer_impl!r}",
+            expected=" or ".join(WRITABLE),
+        )
+    if divisor is not None and divisor < 1:
+        raise UsageError(
+            "an impossible --make-vocab-size-divisible-by", found=str(divisor), expected="1 or more"
+        )
+
+
+def _chunks_of(layout: str, pp: int, vpp: int | None) -> int:
+    """Virtual chunks of a custom pipeline, which a given size must agree with."""
+    if pp < 1:
+        raise UsageError("an impossible --pp", found=str(pp), expected="at least 1")
+    count = num_chunks(layout, pp)
+    if vpp not in (None, count):
+        raise UsageError(
+            "--vpp contradicts the pipeline layout",
+            found=f"--vpp {vpp}",
+            expected=f"{count}, the stages of {layout} over {pp} ranks",
+            fix="leave out --vpp",
+        )
+    return count
+
+
+def _source_impl(checkpoint: Checkpoint) -> str:
+    named = checkpoint.args.get("transformer_impl")
+    known = isinstance(named, str) and named in WRITABLE and checkpoint.dialect != "legacy"
+    return str(named) if known else "transformer_engine"
+
+
+def _source_divisor(checkpoint: Checkpoint) -> int:
+    value = checkpoint.args.get("make_vocab_size_divisible_by")
+    return value if type(value) is int and value > 0 else _DEFAULT_DIVISOR
+
+
+def _arguments(
+    checkpoint: Checkpoint, architecture: Architecture, words: Tokenizer, dtype: str
+) -> dict[str, object]:
+    """Megatron's arguments, but for those of the layout."""
+    args = carried_arguments(checkpoint.args)
+    args |= model_arguments(architecture)
+    args |= precision_arguments(dtype, checkpoint.args.get("seq_length"), architecture)
+    if words.files:
+        args |= {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": _TOKENIZER}
+        args |= {"vocab_file": None, "merge_file": None}
+    return args
+
+
+def _own(args: Mapping[str, object]) -> dict[str, object]:
+    own = args[OWN]
+    assert isinstance(own, dict)
+    return own
+
+
+class _Writer:
+    """Cuts whole tensors into what each rank of a target holds."""
+
+    def __init__(
+        self,
+        target: Target,
+        architecture: Architecture,
+        stages: tuple[Stage, ...],
+        tensors: Tensors,
+        args: Mapping[str, object],
+        dtype: str,
+    ) -> None:
+        self._target, self._architecture, self._stages = target, architecture, stages
+        self._tensors, self._args, self._dtype = tensors, args, dtype
+        dialect = WRITABLE[target.transformer_impl]
+        self._names: RuleTable = dialect.RULES.inverse
+        self._modules: Modules = dialect.MODULES
+
+    def arguments(self, rank: int) -> dict[str, object]:
+        """The arguments that a rank stores."""
+        layout = layout_arguments(self._architecture, self._target, rank)
+        return dict(sorted({**self._args, **layout}.items()))
+
+    def models(self) -> list[RankModel]:
+        """For `torch`: every rank's state dicts."""
+        return [
+            RankModel(
+                tp,
+                pp,
+                self.arguments(pp * self._target.layout.tp + tp),
+                tuple(self._state_dict(stage, tp) for stage in self._stages if stage.pp == pp),
+            )
+            for pp in range(self._target.layout.pp)
+            for tp in range(self._target.layout.tp)
+        ]
+
+    def _state_dict(self, stage: Stage, rank: int) -> dict[str, Weight | None]:
+        held = {}
+        for name, tensor in self._held(stage):
+            part = topology.cut(name, tensor, self._architecture, self._target.layout.tp, rank)
+            held[topology.local_name(name, stage)] = part
+        named = self._names.apply(held, self._architecture)
+        entries = self._modules.state_dict(named)
+        return {
+            name: None if part is None else self._weight(name, part)
+            for name, part in entries.items()
+        }
+
+    def _held(self, stage: Stage) -> list[tuple[str, LazyTensor]]:
+        """A stage's whole tensors; a tied output layer away from the embedding is a copy of it."""
+        held = [(n, self._tensors[n]) for n in topology.stage_names(self._tensors, stage)]
+        tied = not self._architecture.untie_embeddings_and_output_weights
+        if tied and stage.last and stage.pp > 0:
+            held.append((topology.TIED_HEAD, self._tensors[topology.EMBEDDING]))
+        return held
+
+    def chunks(self) -> list[RankChunks]:
+        """For `torch_dist`: what every rank writes of the global tensors."""
+        return [
+            self._rank_chunks(pp, tp)
+            for pp in range(self._target.layout.pp)
+            for tp in range(self._target.layout.tp)
+        ]
+
+    def _rank_chunks(self, pp: int, rank: int) -> RankChunks:
+        chunks, objects = [], []
+        for stage in self._stages:
+            if stage.pp != pp:
+                continue
+            names = topology.stage_names(self._tensors, stage)
+            for name in names:
+                if rank == 0 or topology.is_split(name):
+                    chunks += self._chunks(name, rank)
+            if rank == 0:
+                objects += self._modules.sharded_state(names)
+        return RankChunks(tuple(chunks), tuple(objects))
+
+    def _chunks(self, name: str, rank: int) -> list[Chunk]:
+        tensor, tp = self._tensors[name], self._target.layout.tp
+        return [
+            Chunk(name, tensor.shape, box, self._weight(name, tensor.part(box)))
+            for box in topology.boxes(name, tensor.shape, self._architecture, tp, rank)
+        ]
+
+    def common(self, iteration: int) -> dict[str, object]:
+        """What `common.pt` holds."""
+        args = megatron_torch.namespace(self.arguments(0))
+        return {"args": args, "checkpoint_version": 3.0, "iteration": iteration}
+
+    def _weight(self, name: str, part: LazyTensor) -> Weight:
+        dtype = part.dtype if self._dtype == "auto" else DTYPES[self._dtype]
+        return Weight(name, part, dtype)

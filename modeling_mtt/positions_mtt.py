@@ -1,0 +1,168 @@
+# Copyright 2026 The mtt authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Positions that act inside attention: rotations of queries and keys, and ALiBi's biases."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
+
+from .configuration_mtt import MTTConfig
+
+
+class MTTRotaryEmbedding(nn.Module):
+    """Cosines and sines for the rotated part of a head, of any rope type transformers knows."""
+
+    inv_freq: torch.Tensor
+    original_inv_freq: torch.Tensor
+
+    def __init__(self, config: MTTConfig) -> None:
+        super().__init__()
+        assert config.rope_parameters is not None
+        self.config = config
+        self.max_seq_len_cached = config.max_position_embeddings
+        self.original_max_seq_len = config.max_position_embeddings
+
+        self.rope_type = config.rope_parameters["rope_type"]
+        rope_init_fn: Callable[..., tuple[torch.Tensor, float]]
+        if self.rope_type == "default":
+            rope_init_fn = self.compute_default_rope_parameters
+        else:
+            rope_init_fn = ROPE_INIT_FUNCTIONS[self.rope_type]
+        inv_freq, self.attention_scaling = rope_init_fn(config)
+
+        self.register_buffer("inv_freq", inv_freq, persistent=False)
+        self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
+
+    @staticmethod
+    def compute_default_rope_parameters(
+        config: MTTConfig, device: torch.device | None = None, **kwargs: Any
+    ) -> tuple[torch.Tensor, float]:
+        """Return inverse frequencies `[rotated / 2]`, in radians per token, and a scale of 1.
+
+        As in Megatron, the exponent runs over the rotated part, not over the whole head.
+        """
+        assert config.rope_parameters is not None and config.head_dim is not None
+        rotated = int(config.head_dim * config.rope_parameters.get("partial_rotary_factor", 1.0))
+        exponents = torch.arange(0, rotated, 2, dtype=torch.float, device=device) / rotated
+        return 1.0 / (config.rope_parameters["rope_theta"] ** exponents), 1.0
+
+    @torch.no_grad()
+    @dynamic_rope_update
+    def forward(
+        self, x: torch.Tensor, position_ids: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return cosines and sines of the angles at each position, in the dtype of `x`.
+
+        Args:
+            x (`torch.Tensor`): gives dtype and device only.
+            position_ids (`torch.Tensor`): `[batch or 1, sequence]`.
+
+        Returns:
+            Two tensors `[batch or 1, sequence, rotated]`, laid out like the pairs to rotate.
+        """
+        # A product, not a matrix product: autocast leaves it in float32.
+        angles = position_ids[..., None].float() * self.inv_freq.to(x.device, torch.float)
+        if self.config.rope_interleave:
+            angles = angles.repeat_interleave(2, dim=-1)
+        else:
+            angles = torch.cat((angles, angles), dim=-1)
+        cos = angles.cos() * self.attention_scaling
+        sin = angles.sin() * self.attention_scaling
+        return cos.to(x.dtype), sin.to(x.dtype)
+
+
+def rotate_half(x: torch.Tensor) -> torch.Tensor:
+    """Turn each pair, one value of the first half and one of the second, by a quarter."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((-second, first), dim=-1)
+
+
+def rotate_neighbours(x: torch.Tensor) -> torch.Tensor:
+    """Turn each pair of neighbouring values by a quarter."""
+    first, second = x[..., 0::2], x[..., 1::2]
+    return torch.stack((-second, first), dim=-1).flatten(-2)
+
+
+def apply_rotary_pos_emb(
+    states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleave: bool = False
+) -> torch.Tensor:
+    """Rotate the first values of each head.
+
+    Args:
+        states (`torch.Tensor`): `[batch, heads, sequence, head_dim]`.
+        cos, sin (`torch.Tensor`): `[batch or 1, sequence, rotated]` with `rotated <= head_dim`.
+        interleave (`bool`): whether pairs are neighbours (Megatron's `rotary_interleaved`, GPT-J)
+            rather than one value of each half (GPT-NeoX).
+    """
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    rotated, passed = states[..., : cos.shape[-1]], states[..., cos.shape[-1] :]
+    turned = rotate_neighbours(rotated) if interleave else rotate_half(rotated)
+    return torch.cat((rotated * cos + turned * sin, passed), dim=-1)
+
+
+def alibi_slopes(num_heads: int, device: torch.device) -> torch.Tensor:
+    """Return ALiBi's slopes `[heads]` in float32, a loss of score per token of distance.
+
+    Powers of two have a geometric series that starts at its own ratio. Other numbers of heads take
+    the series of the next smaller power, and every other value of the next larger one.
+    (Source: https://arxiv.org/abs/2108.12409, and its authors' `get_slopes`.)
+    """
+    power = 2 ** math.floor(math.log2(num_heads))
+    exponents = torch.arange(1, power + 1, device=device) * (8 / power)
+    others = (2 * torch.arange(num_heads - power, device=device) + 1) * (4 / power)
+    return torch.exp2(-torch.cat((exponents, others)))
+
+
+def alibi_distances(
+    attention_mask: torch.Tensor | None,
+    past_key_values: Cache | None,
+    position_ids: torch.Tensor,
+    layer_idx: int,
+) -> torch.Tensor:
+    """Return how many tokens each key lies after each query: 0 or less where it is seen.
+
+    Tokens are counted by the padding mask where there is one, as in Bloom, so that padding is no
+    distance. A softmax does not change when a query's distances all shift, which is why the
+    positions of queries need not be counted the same way. It is counted from the query, and not
+    from the first key, to keep the bias of near keys small: bfloat16 tells 0 and 1 apart, but not
+    1000 and 1001.
+
+    Args:
+        attention_mask (`torch.Tensor`, *optional*): `[batch, past + sequence]`, or another mask.
+        past_key_values (`Cache`, *optional*): tells how many keys there are.
+        position_ids (`torch.Tensor`): of the queries, `[batch or 1, sequence]`.
+        layer_idx (`int`): a layer this process holds.
+
+    Returns:
+        Distances `[batch or 1, 1, queries, keys]`.
+    """
+    num_keys = position_ids.shape[-1]
+    if past_key_values is not None:
+        num_keys, _ = past_key_values.get_mask_sizes(num_keys, layer_idx)
+
+    if attention_mask is not None and attention_mask.ndim == 2:
+        positions = attention_mask.to(position_ids.device).long().cumsum(-1) - 1
+        # A static cache has slots for keys to come.
+        positions = nn.functional.pad(positions, (0, max(num_keys - positions.shape[-1], 0)))
+        positions = positions[:, :num_keys]
+    elif past_key_values is None:
+        positions = position_ids
+    else:
+        positions = torch.arange(num_keys, device=position_ids.device).unsqueeze(0)
+    return positions[:, None, None, :] - position_ids[:, None, :, None]
