@@ -76,7 +76,7 @@ define install
 	    echo "  fix:      name one, e.g. make $(MAKECMDGOALS) PYTHON=python3.12"; \
 	    exit 1; } >&2
 	$(PYTHON) -m venv $(1)
-	$(1)/bin/python -m pip install --quiet $(2) --editable '.[test]'
+	$(1)/bin/python -m pip install --quiet $(2) --editable '.[test,megatron]'
 	@touch $@
 endef
 

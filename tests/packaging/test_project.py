@@ -10,6 +10,12 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+# What the tests' environment has beside mtt's dependencies.
+TOOLS = [
+    requirement
+    for extra in ("test", "megatron")
+    for requirement in PROJECT["project"]["optional-dependencies"][extra]
+]
 REQUIREMENT = re.compile(r"(?P<name>[A-Za-z0-9-]+)(?P<bounds>.*)")
 
 
@@ -79,17 +85,14 @@ def test_lowest_constraints_are_the_lower_bounds():
 
 
 def test_constraints_pin_everything_we_ask_for():
-    asked = [
-        *PROJECT["project"]["dependencies"],
-        *PROJECT["project"]["optional-dependencies"]["test"],
-    ]
+    asked = [*PROJECT["project"]["dependencies"], *TOOLS]
     assert set(lower_bounds(asked)) <= set(pins("constraints.txt"))
     assert set(lower_bounds(asked)) - {"torch"} <= set(pins("constraints-lowest.txt"))
 
 
 def test_both_constraints_use_the_same_tools():
     """Only what users install differs between the two environments, never what judges it."""
-    tools = lower_bounds(PROJECT["project"]["optional-dependencies"]["test"])
+    tools = lower_bounds(TOOLS)
     del tools["setuptools"]  # its lowest version is a promise of [build-system]
     newest, lowest = pins("constraints.txt"), pins("constraints-lowest.txt")
     assert {tool: newest[tool] for tool in tools} == {tool: lowest[tool] for tool in tools}

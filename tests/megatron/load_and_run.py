@@ -1,0 +1,217 @@
+"""Load checkpoints into Megatron-Core's own GPTModel and compute logits with it.
+
+    torchrun --nproc-per-node 4 load_and_run.py CASES RESULTS
+
+CASES is a JSON object: name -> `checkpoint`, `tp`, `pp`, `vpp`, `logits` and `left_over`, what a
+torch_dist checkpoint may hold beside the model. RESULTS gets, for each name, `difference` (the
+largest, over all logits and all ranks that have any) or `error`.
+
+The model is built from the checkpoint's own `args`, as `core_transformer_config_from_args` and
+`gpt_builder` do; only the parallel sizes are the case's. Every parameter starts as NaN, so one
+that is not loaded shows in the logits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import traceback
+from argparse import Namespace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import on_cpu  # noqa: F401
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.activations import squared_relu
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer import TransformerConfig
+from torch.distributed.checkpoint.api import CheckpointException  # a BaseException
+from torch.nn.functional import gelu, silu
+
+
+def iteration_folder(root: Path) -> Path:
+    """The folder that the tracker file names, as Megatron finds it."""
+    step = (root / "latest_checkpointed_iteration.txt").read_text().strip()
+    return root / (step if step == "release" else f"iter_{int(step):07d}")
+
+
+def transformer_config(args: Namespace, case: dict[str, Any]) -> TransformerConfig:
+    """The configuration that Megatron's training script makes of the same arguments."""
+    names = {field.name for field in dataclasses.fields(TransformerConfig)}
+    fields = {name: value for name, value in vars(args).items() if name in names}
+    if case["pp"] != args.pipeline_model_parallel_size:  # an uneven layout is for one size only
+        fields["pipeline_model_parallel_layout"] = None
+        args.decoder_first_pipeline_num_layers = args.decoder_last_pipeline_num_layers = None
+    fields.update(
+        tensor_model_parallel_size=case["tp"],
+        pipeline_model_parallel_size=case["pp"],
+        virtual_pipeline_model_parallel_size=case["vpp"] if case["vpp"] > 1 else None,
+        num_layers_in_first_pipeline_stage=getattr(args, "decoder_first_pipeline_num_layers", None),
+        num_layers_in_last_pipeline_stage=getattr(args, "decoder_last_pipeline_num_layers", None),
+        num_query_groups=args.num_query_groups if args.group_query_attention else None,
+        activation_func=silu if args.swiglu else squared_relu if args.squared_relu else gelu,
+        gated_linear_unit=args.swiglu,
+        bias_activation_fusion=args.bias_swiglu_fusion if args.swiglu else args.bias_gelu_fusion,
+        # How it is computed, not what:
+        pipeline_dtype=torch.float32,
+        params_dtype=torch.float32,
+        bf16=False,
+        fp16=False,
+        use_cpu_initialization=True,
+        perform_initialization=False,
+        persist_layer_norm=False,
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+    )
+    return TransformerConfig(**fields)
+
+
+def build_chunks(args: Namespace, case: dict[str, Any]) -> list[GPTModel]:
+    """This rank's part of the model, one GPTModel per virtual pipeline stage."""
+    config = transformer_config(args, case)
+    spec = get_gpt_layer_local_spec(
+        qk_layernorm=config.qk_layernorm, normalization=config.normalization
+    )
+    chunks = []
+    for stage in range(case["vpp"]):
+        virtual = {"ignore_virtual": False, "vp_stage": stage} if case["vpp"] > 1 else {}
+        chunk = GPTModel(
+            config=config,
+            transformer_layer_spec=spec,
+            vocab_size=args.padded_vocab_size,
+            max_sequence_length=args.max_position_embeddings,
+            pre_process=parallel_state.is_pipeline_first_stage(**virtual),
+            post_process=parallel_state.is_pipeline_last_stage(**virtual),
+            parallel_output=True,
+            share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
+            position_embedding_type=args.position_embedding_type,
+            rotary_percent=args.rotary_percent,
+            rotary_base=args.rotary_base,
+            rope_scaling=args.use_rope_scaling,
+            vp_stage=stage if case["vpp"] > 1 else None,
+        )
+        for parameter in chunk.parameters():
+            torch.nn.init.constant_(parameter, float("nan"))
+        chunks.append(chunk.eval())
+    return chunks
+
+
+def chunk_keys(chunks: list[GPTModel]) -> list[str]:
+    """`model`, or `model0`, `model1`, ... with a virtual pipeline."""
+    return ["model"] if len(chunks) == 1 else [f"model{stage}" for stage in range(len(chunks))]
+
+
+def load_torch(folder: Path, case: dict[str, Any]) -> tuple[Namespace, list[GPTModel]]:
+    """The rank's file, read and loaded as `load_checkpoint` does, but never leniently."""
+    name = f"mp_rank_{parallel_state.get_tensor_model_parallel_rank():02d}"
+    if case["pp"] > 1:
+        name += f"_{parallel_state.get_pipeline_model_parallel_rank():03d}"
+    content = torch.load(folder / name / "model_optim_rng.pt", map_location="cpu")
+    args = content["args"]
+    chunks = build_chunks(args, case)
+    expected = {key for key in content if key.startswith("model")}
+    assert expected == set(chunk_keys(chunks)), expected
+    for key, chunk in zip(chunk_keys(chunks), chunks, strict=True):
+        chunk.load_state_dict(content[key], strict=True)
+    return args, chunks
+
+
+def load_torch_dist(folder: Path, case: dict[str, Any]) -> tuple[Namespace, list[GPTModel]]:
+    """The whole checkpoint through `dist_checkpointing.load`, with nothing missing or left."""
+    common = dist_checkpointing.load_common_state_dict(str(folder))
+    metadata = dist_checkpointing.load_content_metadata(preloaded_state_dict=common)
+    args = common["args"]
+    chunks = build_chunks(args, case)
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    metadata = {**metadata, "dp_cp_group": group}
+    wanted = {
+        key: chunk.sharded_state_dict(metadata=metadata)
+        for key, chunk in zip(chunk_keys(chunks), chunks, strict=True)
+    }
+    loaded, left_over, absent = dist_checkpointing.load(
+        wanted, str(folder), strict=case.get("strict") or "return_all"
+    )
+    assert not absent, f"not in the checkpoint: {sorted(absent)}"
+    left_over -= set(case["left_over"])
+    assert not left_over, f"not in the model: {sorted(left_over)}"
+    for key, chunk in zip(chunk_keys(chunks), chunks, strict=True):
+        chunk.load_state_dict(loaded[key], strict=True)
+    return args, chunks
+
+
+@torch.no_grad()
+def logits(args: Namespace, chunks: list[GPTModel], input_ids: torch.Tensor) -> torch.Tensor | None:
+    """[batch, sequence, vocabulary] on the last pipeline stage; None on the others."""
+    batch, length = input_ids.shape
+    positions = torch.arange(length).expand(batch, length)
+    mask = torch.ones(length, length, dtype=torch.bool).triu(1)[None, None]
+    hidden = torch.empty(length, batch, args.hidden_size)
+    before = parallel_state.get_pipeline_model_parallel_prev_rank()
+    after = parallel_state.get_pipeline_model_parallel_next_rank()
+    output = None
+    for chunk in chunks:
+        if not chunk.pre_process:
+            dist.recv(hidden, before)
+            chunk.set_input_tensor(hidden)
+        output = chunk(input_ids, positions, mask)
+        if not chunk.post_process:
+            dist.send(output.contiguous(), after)
+    if not chunks[-1].post_process:
+        return None
+    group = parallel_state.get_tensor_model_parallel_group()
+    parts = [torch.empty_like(output) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, output.contiguous(), group=group)
+    return torch.cat(parts, dim=-1)
+
+
+def run(case: dict[str, Any]) -> dict[str, Any]:
+    """One case on all ranks; the result is the same on each."""
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=case["tp"],
+        pipeline_model_parallel_size=case["pp"],
+        virtual_pipeline_model_parallel_size=case["vpp"] if case["vpp"] > 1 else None,
+        create_gloo_process_groups=False,
+    )
+    folder = iteration_folder(Path(case["checkpoint"]))
+    load = load_torch_dist if (folder / "metadata.json").exists() else load_torch
+    mine: dict[str, Any] = {}
+    try:
+        args, chunks = load(folder, case)
+    except (Exception, CheckpointException):
+        mine["error"] = traceback.format_exc()
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    if not any("error" in one for one in everyone):
+        reference = np.load(case["logits"])
+        name = "logits_fp32" if "logits_fp32" in reference else "logits"
+        ours = logits(args, chunks, torch.from_numpy(reference["input_ids"]).long())
+        if ours is not None:
+            theirs = torch.from_numpy(reference[name])
+            difference = (ours - theirs).abs().nan_to_num(nan=float("inf")).max()
+            mine["difference"] = float(difference)
+        dist.all_gather_object(everyone, mine)
+    parallel_state.destroy_model_parallel()
+    if errors := [one["error"] for one in everyone if "error" in one]:
+        return {"error": errors[0]}
+    return {"difference": max(one["difference"] for one in everyone if "difference" in one)}
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    cases = json.loads(Path(sys.argv[1]).read_text())
+    results = {name: run(case) for name, case in cases.items()}
+    if dist.get_rank() == 0:
+        Path(sys.argv[2]).write_text(json.dumps(results))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
