@@ -731,14 +731,14 @@ class MTTForCausalLM(MTTPreTrainedModel, GenerationMixin):
         """
         mask = model_kwargs.get("attention_mask")
         if self.config.position_embedding_type == "learned" and mask is not None and mask.ndim == 2:
-            padding = int((mask == 0).sum(-1).min())
-            beyond = max_cache_length - padding - self.config.max_position_embeddings
-            if beyond > 0:
+            positions = max_cache_length - int((mask == 0).sum(-1).min())
+            table_size = self.config.max_position_embeddings
+            if positions > table_size:
                 raise ValueError(
-                    f"Generation goes beyond the table of learned positions: found a prompt and "
-                    f"new tokens of {max_cache_length - padding + 1} tokens, expected at most "
-                    f"max_position_embeddings + 1 ({self.config.max_position_embeddings + 1}). "
-                    f"Generate {beyond} tokens less, with max_new_tokens, or shorten the prompt."
+                    "The generation does not fit the table of learned positions: found "
+                    f"{positions} positions to look up, of the prompt and all new tokens but the "
+                    f"last, expected at most max_position_embeddings ({table_size}). "
+                    f"Lower max_new_tokens by {positions - table_size}, or shorten the prompt."
                 )
         return super()._prepare_cache_for_generation(
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length

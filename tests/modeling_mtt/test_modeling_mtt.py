@@ -149,21 +149,24 @@ def test_flex_attention_agrees(tiny_model, preset):
 
 
 def test_other_attention_functions_get_every_argument(tiny_model):
+    """Of the caller, as the lengths of packed sequences for FlashAttention, and of the layer."""
     seen = []
 
     def probe(module, *tensors, **kwargs):
-        seen.append((module.layer_idx, kwargs.pop("note")))
+        lengths = kwargs.pop("cu_seq_lens_q"), kwargs.pop("cu_seq_lens_k")
+        seen.append((module.layer_idx, kwargs["sliding_window"], *lengths))
         return ALL_ATTENTION_FUNCTIONS["sdpa"](module, *tensors, **kwargs)
 
     AttentionInterface.register("mtt_probe", probe)
     AttentionMaskInterface.register("mtt_probe", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
-    model = tiny_model("llama")
-    input_ids = ids(1, 4)
+    model = tiny_model("qwen2")
+    input_ids, lengths = ids(1, 6), torch.tensor([0, 6])
     with torch.no_grad():
         expected = model(input_ids).logits
         model.set_attn_implementation("mtt_probe")
-        close(model(input_ids, note="here").logits, expected)
-    assert seen == [(0, "here"), (1, "here"), (2, "here")]
+        close(model(input_ids, cu_seq_lens_q=lengths, cu_seq_lens_k=lengths).logits, expected)
+    assert [(layer_idx, window) for layer_idx, window, *_ in seen] == [(0, None), (1, 4), (2, 4)]
+    assert all(found is lengths for _, _, *both in seen for found in both)
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
@@ -268,8 +271,8 @@ def test_generation_beyond_the_table_does_not_start(tiny_model, monkeypatch, cac
     assert model.generate(input_ids, max_new_tokens=3, **options).shape == (2, 33)
     monkeypatch.setattr(model.model, "embed_tokens", None)
     message = (
-        r"found a prompt and new tokens of 35 tokens, expected at most "
-        r"max_position_embeddings \+ 1 \(33\)\. Generate 2 tokens less"
+        r"found 34 positions .* expected at most max_position_embeddings \(32\)\. "
+        r"Lower max_new_tokens by 2"
     )
     with pytest.raises(ValueError, match=message):
         model.generate(input_ids, max_new_tokens=5, **options)
