@@ -67,8 +67,6 @@ NEUTRAL: Mapping[str, Neutral] = {
     "qk_l2_norm": Neutral("Llama 4's norm without weights on queries and keys"),
     "softmax_scale": Neutral("attention scores scaled by another number", (None,)),
     "softmax_type": Neutral("a softmax with an offset or a learned sink", (None, "vanilla")),
-    "window_size": Neutral("sliding-window attention"),
-    "window_attn_skip_freq": Neutral("sliding-window attention on some layers"),
     # positions
     "enable_gpt_oss": Neutral("GPT-OSS's attention sinks, windows and YaRN positions"),
     "mrope_interleaved": Neutral("multimodal rotary positions"),
@@ -76,7 +74,6 @@ NEUTRAL: Mapping[str, Neutral] = {
     "no_rope_freq": Neutral("layers without rotary positions among layers with them"),
     "rope_type": Neutral("YaRN rotary positions", (None, "rope")),
     "rotary_base_per_layer": Neutral("a rotary base for each layer"),
-    "rotary_interleaved": Neutral("rotary pairs of neighbouring channels"),
     # MLP
     "activation_func_clamp_value": Neutral("a clamped activation", (None,)),
     "dense_grouped_gemm": Neutral("gate and up interleaved in blocks of 32 rows"),
@@ -143,12 +140,14 @@ SETTINGS: Mapping[str, type] = {
         "use_rope_scaling layernorm_zero_centered_gamma swiglu squared_relu openai_gelu onnx_safe "
         "bias_gelu_fusion use_te_activation_func use_transformer_engine_op_fuser add_bias_linear "
         "add_qkv_bias qk_layernorm untie_embeddings_and_output_weights fp16 bf16 "
-        "use_legacy_models use_mcore_models".split(),
+        "use_legacy_models use_mcore_models rotary_interleaved".split(),
         bool,
     ),
     **dict.fromkeys("normalization transformer_impl tokenizer_type".split(), str),
     "position_embedding_type": object,
     "params_dtype": object,
+    "window_size": object,
+    "window_attn_skip_freq": object,
 }
 NEEDED = (
     "num_layers hidden_size num_attention_heads max_position_embeddings padded_vocab_size "
@@ -173,6 +172,9 @@ _TRANSFORMERS = {
     "rotary_base": "rope_theta",
     "rotary_percent": "partial_rotary_factor",
     "use_rope_scaling": "rope_scaling rope_parameters",
+    "rotary_interleaved": "rope_interleave",
+    "window_size": "sliding_window",
+    "window_attn_skip_freq": "layer_types",
     "layernorm_epsilon": "rms_norm_eps layer_norm_eps layer_norm_epsilon norm_eps",
     "normalization": "norm_type",
     "swiglu, squared_relu or bias_gelu_fusion": "hidden_act activation_function gated_mlp",

@@ -1,9 +1,10 @@
-"""`modeling_mtt`: the class that computes every dense Megatron GPT."""
+"""`modeling_mtt`: the class that computes every dense Megatron GPT, and more."""
 
 from __future__ import annotations
 
+from ..argument_tables import Neutral
 from .family import Family
-from .fields import Choice, Opposite, Rope, Same, Vocabulary, head_size
+from .fields import Choice, LayerWindows, Opposite, Rope, Same, Vocabulary, head_size
 from .names import decoder_rules
 
 FAMILY = Family(
@@ -15,6 +16,9 @@ FAMILY = Family(
         "AutoConfig": "configuration_mtt.MTTConfig",
         "AutoModel": "modeling_mtt.MTTModel",
         "AutoModelForCausalLM": "modeling_mtt.MTTForCausalLM",
+        "AutoModelForQuestionAnswering": "modeling_mtt.MTTForQuestionAnswering",
+        "AutoModelForSequenceClassification": "modeling_mtt.MTTForSequenceClassification",
+        "AutoModelForTokenClassification": "modeling_mtt.MTTForTokenClassification",
     },
     code="modeling_mtt",
     rules=decoder_rules,
@@ -46,7 +50,8 @@ FAMILY = Family(
             {"learned": "learned_absolute", "rope": "rope", "none": "none"},
         ),
         Same("max_position_embeddings", "max_position_embeddings"),
-        Rope(partial=True, optional=True),
+        Rope(partial=True, optional=True, interleaved="rope_interleave"),
+        LayerWindows(),
         Choice(
             ("attention_bias", "attention_out_bias", "mlp_bias"),
             ("add_qkv_bias", "add_bias_linear"),
@@ -57,6 +62,7 @@ FAMILY = Family(
             },
         ),
         Same("use_qk_norm", "qk_layernorm"),
+        Same("use_parallel_residual", "parallel_residual"),
         Opposite("tie_word_embeddings", "untie_embeddings_and_output_weights"),
         Same("attention_dropout", "attention_dropout"),
         Same("hidden_dropout", "hidden_dropout"),
@@ -73,9 +79,22 @@ FAMILY = Family(
         "attention_out_bias": True,
         "mlp_bias": True,
         "use_qk_norm": False,
+        "use_parallel_residual": False,
+        "rope_interleave": False,
         "tie_word_embeddings": True,
         "attention_dropout": 0.0,
         "hidden_dropout": 0.0,
         "initializer_range": 0.02,
+    },
+    neutral={
+        "shared_layernorm": Neutral("one norm for attention and MLP", (False,)),
+        "apply_residual_connection_post_layernorm": Neutral(
+            "residuals taken after the norm", (False,)
+        ),
+        "embedding_norm": Neutral("a norm after the embedding, as in BLOOM", (False,)),
+        "embedding_multiplier": Neutral("embeddings multiplied by a number", (1.0, 1)),
+        "residual_multiplier": Neutral("residuals multiplied by a number", (1.0, 1)),
+        "attention_multiplier": Neutral("attention scores scaled by another number", (None,)),
+        "logits_scaling": Neutral("logits divided by a number", (1.0, 1)),
     },
 )

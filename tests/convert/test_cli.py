@@ -88,7 +88,7 @@ def test_inspect_for_people(capsys: pytest.CaptureFixture) -> None:
 def test_convert_reports_to_scripts(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     code, body = run_json(capsys, "convert", SAMPLE, str(tmp_path / "out"))
     assert code == 0
-    assert set(body) == SHARED
+    assert set(body) == SHARED | {"model_type", "exact_model_types"}
     assert body["tensors"] == len(body["hashes"]["model.safetensors"]) == 68
     assert body["dropped"]["tied copy"] == ["output_layer.weight"]
     assert all(len(digest) == 32 for digest in body["hashes"]["model.safetensors"].values())
@@ -261,11 +261,10 @@ def test_a_damaged_folder_cannot_generate(
     assert capsys.readouterr().err.startswith("error: ")
 
 
-def test_inspecting_a_converted_folder_says_what_to_do(
-    converted: Path, capsys: pytest.CaptureFixture
-) -> None:
-    assert main(["inspect", str(converted)]) == 3
-    assert "\n  fix:      " in capsys.readouterr().err
+def test_inspecting_a_converted_folder(converted: Path, capsys: pytest.CaptureFixture) -> None:
+    code, body = run_json(capsys, "inspect", str(converted))
+    assert (code, body["format"], body["dialect"], body["iteration"]) == (0, "hf", "mtt", None)
+    assert body["parameters"] == run_json(capsys, "inspect", SAMPLE)[1]["parameters"] - 7 * 64
 
 
 def test_config_spells_names_as_set_does(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -363,7 +363,7 @@ def test_json_of_a_conversion(root: Path, out: Path) -> None:
     assert (code, err) == (0, "")
     assert set(body) == {
         "schema", "command", "status", "source", "output", "tensors", "bytes", "dropped",
-        "warnings", "hashes", "seconds", "peak_rss",
+        "warnings", "hashes", "seconds", "peak_rss", "model_type", "exact_model_types",
     }  # fmt: skip
     assert (body["status"], body["output"], body["tensors"]) == ("ok", str(out), 39)
     assert body["warnings"] == ["the checkpoint names no tokenizer: add its files with --tokenizer"]

@@ -1,13 +1,13 @@
 """A deliberately wrong re-layout must be caught by logits: shapes alone would let it pass."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 
 from mtt_convert import convert
-from mtt_convert.families import mtt
+from mtt_convert.families import FAMILIES, names
 from mtt_convert.logits import compare_logits
 from mtt_convert.mapping import Rule, RuleTable
 from mtt_convert.ops import SplitGated, SplitQKV, Tensors
@@ -67,7 +67,7 @@ def test_a_wrong_layout_fails(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def rules(architecture: object) -> RuleTable:
-        table = mtt._GATED
+        table = names._TABLES[True]
         return RuleTable(
             *(
                 Rule(rule.source, rule.target, wrong) if type(rule.op) is right else rule  # type: ignore[arg-type]
@@ -75,5 +75,5 @@ def test_a_wrong_layout_fails(
             )
         )
 
-    monkeypatch.setattr(mtt, "rules", rules)
+    monkeypatch.setitem(FAMILIES, "mtt", replace(FAMILIES["mtt"], rules=rules))
     assert difference(golden, tmp_path / "wrong") > 1e-2

@@ -749,7 +749,7 @@ def test_verify_finds_any_flipped_byte(hash_name: str, source: Path, out: Path) 
         path.write_bytes(data)
         assert len(verify(out).problems) == 1, position
     body = _verify(out, 1)
-    assert body["problems"] == ["lm_head.weight in model.safetensors is not what was written"]
+    assert body["problems"] == ["model.norm.weight in model.safetensors is not what was written"]
 
 
 @pytest.mark.parametrize("end", [0, 7, 8, 100, 5000, 500_000, -1])
