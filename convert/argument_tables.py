@@ -137,7 +137,7 @@ SETTINGS: Mapping[str, type] = {
     ),
     **dict.fromkeys(
         "group_query_attention add_position_embedding use_rotary_position_embeddings "
-        "rotary_interleaved use_rope_scaling layernorm_zero_centered_gamma swiglu squared_relu "
+        "use_rope_scaling layernorm_zero_centered_gamma swiglu squared_relu "
         "openai_gelu onnx_safe "
         "bias_gelu_fusion use_te_activation_func use_transformer_engine_op_fuser add_bias_linear "
         "add_qkv_bias qk_layernorm untie_embeddings_and_output_weights fp16 bf16 "
@@ -149,8 +149,6 @@ SETTINGS: Mapping[str, type] = {
     "window_size": object,
     "window_attn_skip_freq": object,
     "params_dtype": object,
-    "window_size": object,
-    "window_attn_skip_freq": object,
 }
 NEEDED = (
     "num_layers hidden_size num_attention_heads max_position_embeddings padded_vocab_size "
@@ -178,9 +176,6 @@ _TRANSFORMERS = {
     "window_size": "sliding_window",
     "window_attn_skip_freq": "layer_types",
     "use_rope_scaling": "rope_scaling rope_parameters",
-    "rotary_interleaved": "rope_interleave",
-    "window_size": "sliding_window",
-    "window_attn_skip_freq": "layer_types",
     "layernorm_epsilon": "rms_norm_eps layer_norm_eps layer_norm_epsilon norm_eps",
     "normalization": "norm_type",
     "swiglu, squared_relu or bias_gelu_fusion": "hidden_act activation_function gated_mlp",

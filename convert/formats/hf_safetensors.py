@@ -116,8 +116,8 @@ def plan_files(
     """Distribute tensors over safetensors files as transformers does.
 
     Tensors go to files in the order given, those that are too large each to one of its own; in a
-    file they stand by element type and name. So the files are byte for byte those that `save_pretrained` writes, given the order of a class's own
-    modules.
+    file they stand by element type and name. So the files are byte for byte those that
+    `save_pretrained` writes, given the order of a class's own modules.
 
     Args:
         tensors: output name -> tensor.
