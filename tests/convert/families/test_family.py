@@ -425,7 +425,9 @@ def test_the_classes_are_those_of_transformers(name: str) -> None:
     assert found.config_class.model_type == name
     assert f"{found.base_model_prefix}." == family.prefix
     assert hasattr(transformers, family.base_model)
-    assert bool(found.config_class.base_model_tp_plan) == family.has_tp_plan
+    plan = bool(found.config_class.base_model_tp_plan)
+    assert plan or not family.has_tp_plan
+    assert not plan or family.has_tp_plan or name == "nemotron"  # newer versions have one
     backends = found._supports_attention_backend and found._supports_sdpa
     assert bool(backends and found._supports_flash_attn) == family.has_attention_backends
 
