@@ -106,6 +106,14 @@ def test_a_folder_saved_without_its_head(tmp_path: Path) -> None:
     assert diff(tmp_path / "base", tmp_path / "whole").differences == ()
 
 
+def test_a_head_beside_names_without_prefix(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "whole")
+    with weights(folder) as tensors:
+        for name in [name for name in tensors if name.startswith("model.")]:
+            tensors[name.removeprefix("model.")] = tensors.pop(name)
+    assert diff(folder, tmp_path / "whole").differences == ()
+
+
 def test_an_untied_head_that_was_not_saved(folder: Path, tmp_path: Path) -> None:
     LLAMA.model().model.save_pretrained(tmp_path / "base")
     error = refused(tmp_path / "base", IncompleteError)
@@ -197,6 +205,15 @@ def test_tokenizer_and_generation_config_are_carried_over(folder: Path, tmp_path
     assert copied == (folder / "generation_config.json").read_bytes()
 
 
+def test_a_tokenizer_with_more_tokens_than_rows(folder: Path, tmp_path: Path) -> None:
+    """A token that was added and never trained."""
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copy(next(SAMPLE.rglob(f"*{name}")), folder / name)
+    result = convert(folder, tmp_path / "out", model_type="auto")
+    assert result.conversion.model_type == "llama"
+    assert result.conversion.warnings == ("the tokenizer has 505 tokens, the tables 96 rows",)
+
+
 def test_a_skipped_tensor(folder: Path) -> None:
     with weights(folder) as tensors:
         tensors["reward.weight"] = torch.ones(3)
@@ -269,6 +286,13 @@ def test_types_that_cannot_be(name: str, dtype: torch.dtype, folder: Path) -> No
 def test_a_damaged_configuration(text: str, folder: Path) -> None:
     (folder / "config.json").write_text(text)
     with pytest.raises(CorruptError, match=r"config\.json is damaged"):
+        open_checkpoint(folder)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"weight_map": [1]}', "[" * 100_000])
+def test_a_damaged_index(text: str, folder: Path) -> None:
+    (folder / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(CorruptError, match=r"index\.json is damaged"):
         open_checkpoint(folder)
 
 
