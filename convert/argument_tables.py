@@ -137,11 +137,11 @@ SETTINGS: Mapping[str, type] = {
     ),
     **dict.fromkeys(
         "group_query_attention add_position_embedding use_rotary_position_embeddings "
-        "rotary_interleaved use_rope_scaling layernorm_zero_centered_gamma swiglu squared_relu "
+        "use_rope_scaling layernorm_zero_centered_gamma swiglu squared_relu "
         "openai_gelu onnx_safe "
         "bias_gelu_fusion use_te_activation_func use_transformer_engine_op_fuser add_bias_linear "
         "add_qkv_bias qk_layernorm untie_embeddings_and_output_weights fp16 bf16 "
-        "use_legacy_models use_mcore_models".split(),
+        "use_legacy_models use_mcore_models rotary_interleaved".split(),
         bool,
     ),
     **dict.fromkeys("normalization transformer_impl tokenizer_type".split(), str),

@@ -88,7 +88,7 @@ def architecture_from_args(
         vocab_size=said["vocab_size"] if "vocab_size" in said else true_vocab_size(a),
         position_embedding_type=kind,
         **rotary,
-        **_window(a),
+        **_window(a, said, legacy),
         normalization=_normalization(a),
         layernorm_epsilon=a["layernorm_epsilon"],
         layernorm_zero_centered_gamma=_or(a, "layernorm_zero_centered_gamma", False),
@@ -314,43 +314,50 @@ def _rotary(a: Arguments, said: Arguments, legacy: bool) -> dict[str, object]:
     interpolation = _number(a, name, 1)
     if interpolation != 1 and not legacy and name not in said:
         raise _ask(a, name, 1, "pretrain_gpt.py ignores before core_v0.19")
+    if legacy and a.get("rotary_interleaved") is True:
+        raise UnsupportedError(
+            "Megatron-LM's legacy GPT rotates neighbours with the frequencies of halves",
+            found="rotary_interleaved = True",
+            expected="rotary_interleaved = False, or a model of Megatron-Core",
+        )
     return {
+        "rotary_interleaved": a.get("rotary_interleaved") is True,
         "rotary_base": base,
         "rotary_percent": _number(a, "rotary_percent", 1),
-        "rotary_interleaved": a.get("rotary_interleaved") is True and not legacy,
         "rope_scaling_factor": factor if scaled else None,
         name: None if interpolation == 1 else interpolation,
     }
 
 
-def _window(a: Arguments) -> dict[str, object]:
-    """The sliding window and the layers without it (core/transformer/utils.py).
+def _window(a: Arguments, said: Arguments, legacy: bool) -> dict[str, object]:
+    """The window of attention, and the layers without it.
 
-    Raises:
-        UnsupportedError: values that Megatron-Core cannot have computed with.
+    (Source: TransformerConfig; Megatron-LM's legacy GPT has no windows.)
     """
     size, skip = a.get("window_size"), a.get("window_attn_skip_freq")
-    if _is_in(size, OFF):
+    if not size:
         return {}
-    whole = isinstance(size, (list, tuple)) and [type(n) for n in size] == [int, int]
-    if not whole or not _is_skip(skip):
+    if legacy and "window_size" not in said:
+        raise _ask(a, "window_size", None, "Megatron-LM's legacy GPT ignores")
+    numbers = tuple(size) if isinstance(size, (list, tuple)) else ()
+    whole = len(numbers) == 2 and all(type(n) is int for n in numbers)
+    if not whole or numbers[0] < 0 or numbers[1] != 0:
         raise UnsupportedError(
-            "mtt cannot use this sliding window",
-            found=f"window_size = {_show(size)}, window_attn_skip_freq = {_show(skip)}",
-            expected="two numbers, and a number or a list with 0 or 1 for each layer",
-            fix="say it: --set 'window_size=(127, 0)', or --set window_size=None",
+            "mtt cannot represent this window of attention",
+            found=f"window_size = {_show(size)}",
+            expected="window_size = (N, 0): N tokens to the left of each, and none to the right",
+            fix="if that is what was computed, --set window_size=(N,0)",
         )
-    assert isinstance(size, (list, tuple))
-    return {
-        "window_size": tuple(size),
-        "window_attn_skip_freq": tuple(skip) if isinstance(skip, (list, tuple)) else skip,
-    }
-
-
-def _is_skip(value: object) -> bool:
-    if isinstance(value, (list, tuple)):
-        return all(type(flag) is int and flag in (0, 1) for flag in value)
-    return value is None or (type(value) is int and value > 0)
+    flags = tuple(skip) if isinstance(skip, (list, tuple)) else skip
+    kinds = flags if isinstance(flags, tuple) else (flags,) if flags is not None else ()
+    if any(type(n) is not int for n in kinds):
+        raise UnsupportedError(
+            "mtt cannot tell which layers have a window",
+            found=f"window_attn_skip_freq = {_show(skip)}",
+            expected="a number, or a list with a 1 or 0 for each layer",
+            fix="say it: --set window_attn_skip_freq=VALUE",
+        )
+    return {"window_size": numbers, "window_attn_skip_freq": flags}
 
 
 def _activation(a: Arguments, legacy: bool) -> tuple[str, bool]:

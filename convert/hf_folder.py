@@ -216,6 +216,9 @@ def true_vocabulary(
     """
     padded = checkpoint.architecture.padded_vocab_size
     size = checkpoint.architecture.vocab_size or words.vocab_size
+    if words.vocab_size is not None and words.vocab_size > padded and checkpoint.config:
+        warnings.append(f"the tokenizer has {words.vocab_size} tokens, the tables {padded} rows")
+        return size if size and size <= padded else padded
     if words.vocab_size is not None and words.vocab_size > padded:
         raise UsageError(
             "the tokenizer does not belong to this model",

@@ -84,10 +84,8 @@ def open_hf_folder(
     stored = hf_safetensors.read_tensors(folder)
     skipped = tuple(sorted(set(stored) & set(skip_keys)))
     buffers = tuple(n for n in stored if re.fullmatch(family.buffers, n) and n not in skipped)
-    named_tensors = _with_prefix(
-        {n: t for n, t in stored.items() if n not in {*skipped, *buffers}}, family
-    )
-    tensors, replicas = _canonical(named_tensors, family, architecture)
+    kept = {n: t for n, t in stored.items() if n not in {*skipped, *buffers}}
+    tensors, replicas = _canonical(kept, family, architecture)
     dropped = {"skipped": skipped, "buffers": buffers}
     if replicas:
         dropped["tied copy"] = (_HEAD,)
@@ -182,11 +180,13 @@ def _check_weights(folder: str) -> None:
     )
 
 
-def _with_prefix(tensors: Mapping[str, LazyTensor], family: Family) -> Mapping[str, LazyTensor]:
+def _with_prefix(
+    tensors: Mapping[str, LazyTensor], family: Family, head: str
+) -> Mapping[str, LazyTensor]:
     """Tensors under the names of the class with a head."""
     if any(name.startswith(family.prefix) for name in tensors):
         return tensors
-    return {family.prefix + name: tensor for name, tensor in tensors.items()}
+    return {n if n == head else family.prefix + n: tensor for n, tensor in tensors.items()}
 
 
 def _canonical(
@@ -195,7 +195,7 @@ def _canonical(
     """Tensors under canonical names, and the copy of the embedding that a tied head is."""
     table = family.rules(architecture)
     head, embedding = (table.resolve([name])[0].targets[0] for name in (_HEAD, _EMBEDDING))
-    tensors = dict(stored)
+    tensors = dict(_with_prefix(stored, family, head))
     replicas: tuple[Replicas, ...] = ()
     if head in tensors and not architecture.untie_embeddings_and_output_weights:
         copy = tensors.pop(head)

@@ -8,6 +8,7 @@ import zlib
 from typing import TYPE_CHECKING
 
 from .errors import CorruptError, SourceError
+from .families import FAMILIES
 from .formats import hf_safetensors
 from .loading import from_megatron
 
@@ -44,7 +45,11 @@ def load_model(path: str | os.PathLike[str], dtype: str = "auto") -> PreTrainedM
 
 def position_limit(model: PreTrainedModel) -> int | None:
     """The longest sequence of a model with a table of positions; None if it has no table."""
-    if getattr(model.config, "position_embedding_type", None) != "learned":
+    family = FAMILIES.get(model.config.model_type)
+    always = family is not None and family.fixed.get("position_embedding_type")
+    if always != "learned_absolute" and (
+        getattr(model.config, "position_embedding_type", None) != "learned"
+    ):
         return None
     limit: int = model.config.max_position_embeddings
     return limit

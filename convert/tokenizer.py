@@ -48,12 +48,13 @@ class Tokenizer:
 
 
 def has_tokenizer(folder: str) -> bool:
-    """Whether a folder has tokenizer files that `read_tokenizer` reads."""
+    """Whether a folder has the files of a tokenizer that `read_tokenizer` reads."""
 
     def has(name: str) -> bool:
         return os.path.isfile(os.path.join(folder, name))
 
-    return has("tokenizer.json") or (has("vocab.json") and has("merges.txt"))
+    pairs = (("vocab.json", "merges.txt"), ("tokenizer.model", "tokenizer_config.json"))
+    return has("tokenizer.json") or any(has(a) and has(b) for a, b in pairs)
 
 
 def read_tokenizer(path: str) -> Tokenizer:

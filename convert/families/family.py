@@ -67,7 +67,7 @@ class Family:
         limits: what an architecture must fulfil besides.
         buffers: a pattern of tensors that older versions saved and none loads.
         has_tp_plan, has_attention_backends: whether transformers can split the class over devices
-            and choose its attention; `--model-type auto` takes no other.
+            and choose its attention, in all versions mtt supports; `auto` takes no other.
         auto_map: where the Auto classes find code that travels with the weights.
         code: the package whose modules travel with the weights.
     """

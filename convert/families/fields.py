@@ -30,6 +30,7 @@ _KINDS = {
     "float": (float, "a number"),
     "bool": (bool, "true or false"),
 }
+_MOST_LAYERS = 100_000  # more than any model has, and few enough to count
 _TYPES = {field.name: str(field.type).removesuffix(" | None") for field in fields(Architecture)}
 
 
@@ -170,6 +171,7 @@ class Rope:
         percent: the part it rotates where the configuration does not say.
         old_base, old_percent: where earlier versions wrote base and part.
         optional: whether `position_embedding_type` says if there are rotary positions at all.
+        interleaved: the field that says whether neighbours are pairs, where there is one.
     """
 
     partial: bool = False
@@ -177,12 +179,14 @@ class Rope:
     old_base: str = "rope_theta"
     old_percent: str = "partial_rotary_factor"
     optional: bool = False
+    interleaved: str | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
         """The field of transformers 5, and the old ones."""
+        more = (self.interleaved,) if self.interleaved else ()
         length = "original_max_position_embeddings"
-        return ("rope_parameters", "rope_scaling", self.old_base, self.old_percent, length)
+        return ("rope_parameters", "rope_scaling", self.old_base, self.old_percent, length, *more)
 
     def read(self, config: Config) -> dict[str, object]:
         """Base, part and scaling.
@@ -216,13 +220,19 @@ class Rope:
             "rotary_base": number("rope_theta", base, "float"),
             "rotary_percent": percent,
             **_scaling(rope, config),
+            **self._pairs(config),
         }
+
+    def _pairs(self, config: Config) -> dict[str, object]:
+        name = self.interleaved
+        return {"rotary_interleaved": number(name, config.get(name), "bool")} if name else {}
 
     def write(self, architecture: Architecture) -> dict[str, object]:
         """`rope_parameters`; of two scalings at once only one."""
         a = architecture
         if a.position_embedding_type != "rope":
-            return {"rope_parameters": None} if self.optional else {}
+            none: dict[str, object] = {"rope_parameters": None} if self.optional else {}
+            return none | ({self.interleaved: False} if self.interleaved else {})
         rope: dict[str, object] = {"rope_theta": float(a.rotary_base), "rope_type": "default"}
         if self.partial and (self.percent, a.rotary_percent) != (1, 1):
             rope["partial_rotary_factor"] = float(a.rotary_percent)
@@ -231,7 +241,8 @@ class Rope:
         elif a.rotary_seq_len_interpolation_factor is not None:
             factor = float(a.rotary_seq_len_interpolation_factor)
             rope |= {"rope_type": "linear", "factor": factor}
-        return {"rope_parameters": rope}
+        pairs = {self.interleaved: a.rotary_interleaved} if self.interleaved else {}
+        return {"rope_parameters": rope, **pairs}
 
 
 _LLAMA3: Mapping[str, object] = {
@@ -304,19 +315,20 @@ class SlidingWindow:
 
 @dataclass(frozen=True)
 class LayerWindows:
-    """A window in the layers that `layer_types` or `max_window_layers` name.
+    """A window in the layers that `layer_types` names.
 
-    A class that is not `switched` has only `sliding_window` and `layer_types`, and where the latter
-    is silent the window is everywhere.
+    Attributes:
+        switched: whether `use_sliding_window` must be on, and `max_window_layers` says how many
+            layers come before those with a window where `layer_types` does not.
     """
 
-    switched: bool = True
+    switched: bool = False
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The switch, the window, and where it is."""
+        """The window and where it is."""
         switch = ("use_sliding_window", "max_window_layers") if self.switched else ()
-        return (*switch, "sliding_window", "layer_types")
+        return ("sliding_window", "layer_types", *switch)
 
     def read(self, config: Config) -> dict[str, object]:
         """The window, and the layers that have it.
@@ -324,50 +336,45 @@ class LayerWindows:
         Raises:
             UnsupportedError: a kind of layer mtt does not know, or windows without a size.
         """
-        switched = not self.switched or number(
+        size, types = config.get("sliding_window"), config.get("layer_types")
+        if self.switched and not number(
             "use_sliding_window", config.get("use_sliding_window"), "bool"
-        )
-        size = config.get("sliding_window") if switched else None
+        ):
+            size = None
         num_layers = number("num_hidden_layers", config.get("num_hidden_layers"), "int")
-        types = config.get("layer_types")
-        if types is None:
-            if size is None:
-                return {}
-            first = 0
-            if self.switched:
-                first = number("max_window_layers", config.get("max_window_layers"), "int")
-            flags = tuple(int(layer >= first) for layer in range(min(num_layers, 100_000)))
-        else:
+        if types is not None:
             flags = _flags(types, num_layers)
+        elif size is None:
+            return {}
+        elif self.switched:
+            first = number("max_window_layers", config.get("max_window_layers"), "int")
+            flags = tuple(int(layer >= first) for layer in range(min(num_layers, _MOST_LAYERS)))
+        else:
+            return {"window_size": _window(size)}
         if not any(flags):
             return {}
         if size is None:
             raise UnsupportedError(
-                "layers have a window, but its size is off",
-                found=f"use_sliding_window = {switched}, sliding_window = {size}",
-                expected="true and a size, or no sliding_attention in layer_types",
+                "layers have a window of no size",
+                found=f"{', '.join(f'{n} = {_short(config.get(n))}' for n in self.names)}",
+                expected="a sliding_window, or no sliding_attention in layer_types",
             )
         return {"window_size": _window(size), "window_attn_skip_freq": flags}
 
     def write(self, architecture: Architecture) -> dict[str, object]:
-        """All of them, and all saying the same."""
+        """All of the fields, and all saying the same."""
         flags, window = architecture.windowed_layers, architecture.window_size
+        types = ["sliding_attention" if flag else "full_attention" for flag in flags]
+        size = window[0] + 1 if window is not None and any(flags) else None
         if not self.switched:
-            if window is None or not any(flags):
-                return {"sliding_window": None, "layer_types": None}
-            return {"sliding_window": window[0] + 1, "layer_types": layer_types(flags)}
+            return {"sliding_window": size, "layer_types": types if any(flags) else None}
         first = flags.index(True) if True in flags else len(flags)
         return {
             "use_sliding_window": any(flags),
-            "sliding_window": window[0] + 1 if window is not None and any(flags) else None,
+            "sliding_window": size,
             "max_window_layers": first if all(flags[first:]) else len(flags),
-            "layer_types": layer_types(flags),
+            "layer_types": types,
         }
-
-
-def layer_types(flags: tuple[bool, ...]) -> list[str]:
-    """Layers with and without a window as transformers calls them."""
-    return ["sliding_attention" if flag else "full_attention" for flag in flags]
 
 
 def _flags(types: object, num_layers: int) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""`modeling_mtt`: the class that computes every dense Megatron GPT."""
+"""`modeling_mtt`: the class that computes every dense Megatron GPT, and more."""
 
 from __future__ import annotations
 
@@ -50,10 +50,8 @@ FAMILY = Family(
             {"learned": "learned_absolute", "rope": "rope", "none": "none"},
         ),
         Same("max_position_embeddings", "max_position_embeddings"),
-        Rope(partial=True, optional=True),
-        Same("rope_interleave", "rotary_interleaved"),
-        LayerWindows(switched=False),
-        Same("use_parallel_residual", "parallel_residual"),
+        Rope(partial=True, optional=True, interleaved="rope_interleave"),
+        LayerWindows(),
         Choice(
             ("attention_bias", "attention_out_bias", "mlp_bias"),
             ("add_qkv_bias", "add_bias_linear"),
@@ -64,6 +62,7 @@ FAMILY = Family(
             },
         ),
         Same("use_qk_norm", "qk_layernorm"),
+        Same("use_parallel_residual", "parallel_residual"),
         Opposite("tie_word_embeddings", "untie_embeddings_and_output_weights"),
         Same("attention_dropout", "attention_dropout"),
         Same("hidden_dropout", "hidden_dropout"),
@@ -80,8 +79,8 @@ FAMILY = Family(
         "attention_out_bias": True,
         "mlp_bias": True,
         "use_qk_norm": False,
-        "rope_interleave": False,
         "use_parallel_residual": False,
+        "rope_interleave": False,
         "tie_word_embeddings": True,
         "attention_dropout": 0.0,
         "hidden_dropout": 0.0,
@@ -89,11 +88,13 @@ FAMILY = Family(
     },
     neutral={
         "shared_layernorm": Neutral("one norm for attention and MLP", (False,)),
-        "apply_residual_connection_post_layernorm": Neutral("residuals after norms", (False,)),
-        "embedding_norm": Neutral("a norm after the embedding", (False,)),
-        "embedding_multiplier": Neutral("scaled embeddings", (1.0, 1)),
-        "residual_multiplier": Neutral("scaled residuals", (1.0, 1)),
+        "apply_residual_connection_post_layernorm": Neutral(
+            "residuals taken after the norm", (False,)
+        ),
+        "embedding_norm": Neutral("a norm after the embedding, as in BLOOM", (False,)),
+        "embedding_multiplier": Neutral("embeddings multiplied by a number", (1.0, 1)),
+        "residual_multiplier": Neutral("residuals multiplied by a number", (1.0, 1)),
         "attention_multiplier": Neutral("attention scores scaled by another number", (None,)),
-        "logits_scaling": Neutral("scaled logits", (1.0, 1)),
+        "logits_scaling": Neutral("logits divided by a number", (1.0, 1)),
     },
 )

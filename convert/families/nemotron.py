@@ -37,4 +37,5 @@ FAMILY = Family(
         "attention_dropout": 0.0,
         "initializer_range": 0.0134,
     },
+    has_tp_plan=False,  # transformers 5.17 has none, 5.23 has one
 )

@@ -18,7 +18,7 @@ FAMILY = Family(
     base_model="Qwen2Model",
     prefix="model.",
     rules=decoder_rules,
-    fields=(*SIZES, *CHOICES, LayerWindows()),
+    fields=(*SIZES, *CHOICES, LayerWindows(switched=True)),
     fixed={**FIXED, "add_bias_linear": False, "add_qkv_bias": True},
     defaults={**DEFAULTS, **WINDOWS, "num_key_value_heads": 32},
     neutral={"mlp_bias": NO_BIASES["mlp_bias"]},

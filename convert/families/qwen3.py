@@ -19,7 +19,7 @@ FAMILY = Family(
     base_model="Qwen3Model",
     prefix="model.",
     rules=decoder_rules,
-    fields=(*SIZES, *CHOICES, LayerWindows()),
+    fields=(*SIZES, *CHOICES, LayerWindows(switched=True)),
     fixed={**FIXED, "add_bias_linear": False, "qk_layernorm": True},
     defaults={
         **DEFAULTS,

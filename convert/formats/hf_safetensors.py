@@ -47,10 +47,10 @@ def read_tensors(folder: str) -> dict[str, LazyTensor]:
         return read_file(os.path.join(folder, "model.safetensors"))
     try:
         with open(index, "rb") as file:
-            weight_map = dict(json.load(file)["weight_map"])
+            weight_map = {str(k): str(v) for k, v in dict(json.load(file)["weight_map"]).items()}
     except OSError as error:
         raise SourceError(f"{index} cannot be read", found=str(error)) from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CorruptError(f"{index} is damaged", found=str(error)) from error
     tensors: dict[str, LazyTensor] = {}
     for name in sorted(set(weight_map.values())):
@@ -116,8 +116,8 @@ def plan_files(
     """Distribute tensors over safetensors files as transformers does.
 
     Tensors go to files in the order given, those that are too large each to one of its own; in a
-    file they stand by element type and name. So the files are byte for byte those that `save_pretrained` writes, given the order of a class's own
-    modules.
+    file they stand by element type and name. So the files are byte for byte those that
+    `save_pretrained` writes, given the order of a class's own modules.
 
     Args:
         tensors: output name -> tensor.

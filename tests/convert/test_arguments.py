@@ -230,9 +230,7 @@ def test_golden(name: str, golden: Callable[[str], Path]) -> None:
 def odd_value(name: str) -> object:
     """A value that is not neutral, of a kind the argument has."""
     words = {"rope_type": "yarn", "softmax_type": "learnable", "mlp_type": "residual"}
-    return words.get(
-        name, {"window_size": [128, 0], "activation_func_clamp_value": 7.0}.get(name, 2)
-    )
+    return words.get(name, {"activation_func_clamp_value": 7.0}.get(name, 2))
 
 
 @pytest.mark.parametrize("name", NEUTRAL)
@@ -261,34 +259,72 @@ def test_objects_of_unknown_classes_are_never_neutral(name: str) -> None:
 
 
 def test_all_refused_arguments_are_named_at_once() -> None:
-    odd = {**CORE, "num_experts": 8, "qk_l2_norm": True, "softmax_type": "learnable"}
+    odd = {**CORE, "num_experts": 8, "mtp_num_layers": 1, "softmax_type": "learnable"}
     with pytest.raises(UnsupportedError) as caught:
         architecture_from_args(odd)
     assert caught.value.found == (
-        "qk_l2_norm = True (Llama 4's norm without weights on queries and keys); "
+        "mtp_num_layers = 1 (layers that predict further tokens; mtt would drop them); "
         "softmax_type = 'learnable' (a softmax with an offset or a learned sink); "
         "num_experts = 8 (mixture of experts)"
     )
-    expected = "qk_l2_norm = False; softmax_type = vanilla; num_experts = None"
-    assert caught.value.expected == expected
-    assert "--set qk_l2_norm=False --set softmax_type=vanilla" in str(caught.value.fix)
+    assert caught.value.expected == (
+        "mtp_num_layers = None; softmax_type = vanilla; num_experts = None"
+    )
+    assert "--set softmax_type=vanilla --set num_experts=None" in str(caught.value.fix)
 
 
-def test_a_sliding_window() -> None:
-    window = {**CORE, "window_size": [64, 0], "window_attn_skip_freq": [1, 0, 1, 1]}
-    architecture = architecture_from_args({**window, "num_layers": 4})
-    assert architecture.windowed_layers == (True, False, True, True)
-    assert architecture.window_size == (64, 0)
-    every = architecture_from_args({**window, "num_layers": 4, "window_attn_skip_freq": 2})
-    assert every.windowed_layers == (True, False, True, False)
-    for odd in ({"window_size": [64]}, {"window_size": 64}, {"window_attn_skip_freq": [2, 0]}):
-        with pytest.raises(UnsupportedError, match="cannot use this sliding window"):
-            architecture_from_args({**window, "num_layers": 4, **odd})
+@pytest.mark.parametrize(
+    ("window", "skip", "windows"),
+    [
+        ((127, 0), None, (True, True, True, True)),
+        ([127, 0], 2, (True, False, True, False)),
+        ((127, 0), [0, 1, 1, 0], (False, True, True, False)),
+        ((127, 0), 1, (False, False, False, False)),
+        (None, 2, (False, False, False, False)),
+    ],
+)
+def test_windows(window: object, skip: object, windows: tuple) -> None:
+    a = architecture_from_args({**CORE, "window_size": window, "window_attn_skip_freq": skip})
+    assert a.windowed_layers == windows
+    assert a.window_size == ((127, 0) if window else None)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "more"),
+    [
+        ("window_size", (127, 3), {}),
+        ("window_size", (-1, 0), {}),
+        ("window_size", (127,), {}),
+        ("window_size", 127, {}),
+        ("window_size", "127,0", {}),
+        ("window_attn_skip_freq", "2", {"window_size": (127, 0)}),
+        ("window_attn_skip_freq", [1, 0], {"window_size": (127, 0)}),
+        ("window_attn_skip_freq", 0, {"window_size": (127, 0)}),
+        ("rotary_interleaved", 1, {}),
+    ],
+)
+def test_impossible_windows_and_pairs(name: str, value: object, more: dict) -> None:
+    with pytest.raises(UnsupportedError) as caught:
+        architecture_from_args({**CORE, **more, name: value})
+    assert name in str(caught.value.found)
+
+
+def test_the_legacy_model_has_no_windows() -> None:
+    legacy = {**CORE, "use_legacy_models": True, "window_size": (127, 0)}
+    with pytest.raises(UsageError, match="not certain"):
+        architecture_from_args(legacy)
+    sure = architecture_from_args(legacy, overrides={"window_size": None})
+    assert sure.window_size is None
 
 
 def test_interleaved_rotation() -> None:
     rope = {**CORE, "position_embedding_type": "rope", "rotary_interleaved": True}
     assert architecture_from_args(rope).rotary_interleaved
+    assert not architecture_from_args(
+        {**rope, "position_embedding_type": "none"}
+    ).rotary_interleaved
+    with pytest.raises(UnsupportedError, match="neighbours"):
+        architecture_from_args({**rope, "use_legacy_models": True})
 
 
 def test_layers_used_once_each_are_plain() -> None:

@@ -1,13 +1,13 @@
 """A deliberately wrong re-layout must be caught by logits: shapes alone would let it pass."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 
 from mtt_convert import convert
-from mtt_convert.families import names
+from mtt_convert.families import FAMILIES, names
 from mtt_convert.logits import compare_logits
 from mtt_convert.mapping import Rule, RuleTable
 from mtt_convert.ops import SplitGated, SplitQKV, Tensors
@@ -66,11 +66,14 @@ def test_a_wrong_layout_fails(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    table = RuleTable(
-        *(
-            Rule(rule.source, rule.target, wrong) if type(rule.op) is right else rule  # type: ignore[arg-type]
-            for rule in names._TABLES[True].rules
+    def rules(architecture: object) -> RuleTable:
+        table = names._TABLES[True]
+        return RuleTable(
+            *(
+                Rule(rule.source, rule.target, wrong) if type(rule.op) is right else rule  # type: ignore[arg-type]
+                for rule in table.rules
+            )
         )
-    )
-    monkeypatch.setitem(names._TABLES, True, table)
+
+    monkeypatch.setitem(FAMILIES, "mtt", replace(FAMILIES["mtt"], rules=rules))
     assert difference(golden, tmp_path / "wrong") > 1e-2
