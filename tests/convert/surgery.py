@@ -71,6 +71,11 @@ class _Member:
         return type(self), self.args
 
 
+def is_stand_in(value: object) -> bool:
+    """Whether `megatron_modules` made up its class."""
+    return isinstance(value, _Member)
+
+
 class _Module(ModuleType):
     """A module that has every class."""
 

@@ -2,9 +2,10 @@
 
     torchrun --nproc-per-node 4 load_and_run.py CASES RESULTS
 
-CASES is a JSON object: name -> `checkpoint`, `tp`, `pp`, `vpp`, `logits` and `left_over`, what a
-torch_dist checkpoint may hold beside the model. RESULTS gets, for each name, `difference` (the
-largest, over all logits and all ranks that have any) or `error`.
+CASES is a JSON object: name -> `checkpoint`, `tp`, `pp`, `vpp`, `logits`, `num_tokens` (logits to
+compare: the others are of padding) and `left_over` (what a torch_dist checkpoint may hold beside
+the model). RESULTS gets, for each name, `difference` (the largest, over all logits and all ranks
+that have any) or `error`.
 
 The model is built from the checkpoint's own `args`, as `core_transformer_config_from_args` and
 `gpt_builder` do; only the parallel sizes are the case's. Every parameter starts as NaN, so one
@@ -16,9 +17,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+import time
 import traceback
 from argparse import Namespace
 from datetime import timedelta
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +34,7 @@ from megatron.core.activations import squared_relu
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.enums import AttnBackend
 from torch.distributed.checkpoint.api import CheckpointException  # a BaseException
 from torch.nn.functional import gelu, silu
 
@@ -57,8 +61,10 @@ def transformer_config(args: Namespace, case: dict[str, Any]) -> TransformerConf
         num_query_groups=args.num_query_groups if args.group_query_attention else None,
         activation_func=silu if args.swiglu else squared_relu if args.squared_relu else gelu,
         gated_linear_unit=args.swiglu,
-        bias_activation_fusion=args.bias_swiglu_fusion if args.swiglu else args.bias_gelu_fusion,
+        bias_activation_fusion=args.bias_gelu_fusion and not args.swiglu,
+        moe_ffn_hidden_size=None,  # as load_args_from_checkpoint does without experts
         # How it is computed, not what:
+        attention_backend=AttnBackend.unfused,
         pipeline_dtype=torch.float32,
         params_dtype=torch.float32,
         bf16=False,
@@ -173,12 +179,6 @@ def logits(args: Namespace, chunks: list[GPTModel], input_ids: torch.Tensor) -> 
 
 def run(case: dict[str, Any]) -> dict[str, Any]:
     """One case on all ranks; the result is the same on each."""
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=case["tp"],
-        pipeline_model_parallel_size=case["pp"],
-        virtual_pipeline_model_parallel_size=case["vpp"] if case["vpp"] > 1 else None,
-        create_gloo_process_groups=False,
-    )
     folder = iteration_folder(Path(case["checkpoint"]))
     load = load_torch_dist if (folder / "metadata.json").exists() else load_torch
     mine: dict[str, Any] = {}
@@ -193,21 +193,40 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
         name = "logits_fp32" if "logits_fp32" in reference else "logits"
         ours = logits(args, chunks, torch.from_numpy(reference["input_ids"]).long())
         if ours is not None:
-            theirs = torch.from_numpy(reference[name])
-            difference = (ours - theirs).abs().nan_to_num(nan=float("inf")).max()
+            theirs, tokens = torch.from_numpy(reference[name]), slice(case["num_tokens"])
+            difference = (
+                (ours[..., tokens] - theirs[..., tokens]).abs().nan_to_num(nan=float("inf")).max()
+            )
             mine["difference"] = float(difference)
         dist.all_gather_object(everyone, mine)
-    parallel_state.destroy_model_parallel()
     if errors := [one["error"] for one in everyone if "error" in one]:
         return {"error": errors[0]}
     return {"difference": max(one["difference"] for one in everyone if "difference" in one)}
 
 
+def layout_of(item: tuple[str, dict[str, Any]]) -> tuple[int, int, int | None]:
+    """Sizes as Megatron takes them."""
+    case = item[1]
+    return case["tp"], case["pp"], case["vpp"] if case["vpp"] > 1 else None
+
+
 def main() -> None:
+    start = time.monotonic()
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     cases = json.loads(Path(sys.argv[1]).read_text())
-    results = {name: run(case) for name, case in cases.items()}
+    results = {}
+    for layout, named in groupby(
+        sorted(cases.items(), key=lambda item: str(layout_of(item))), layout_of
+    ):
+        tp, pp, vpp = layout
+        # Megatron never closes a process group, so there is one set of them for each layout.
+        parallel_state.initialize_model_parallel(tp, pp, vpp, create_gloo_process_groups=False)
+        for name, case in named:
+            if dist.get_rank() == 0:
+                print(f"{time.monotonic() - start:.1f} s: {name}", flush=True)
+            results[name] = run(case)
+        parallel_state.destroy_model_parallel()
     if dist.get_rank() == 0:
         Path(sys.argv[2]).write_text(json.dumps(results))
     dist.destroy_process_group()
