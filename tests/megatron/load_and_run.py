@@ -101,6 +101,9 @@ def build_chunks(args: Namespace, case: dict[str, Any]) -> list[GPTModel]:
             rotary_percent=args.rotary_percent,
             rotary_base=args.rotary_base,
             rope_scaling=args.use_rope_scaling,
+            # gpt_builder passes neither; trainers that do are meant.
+            rope_scaling_factor=args.rope_scaling_factor,
+            seq_len_interpolation_factor=args.rotary_seq_len_interpolation_factor,
             vp_stage=stage if case["vpp"] > 1 else None,
         )
         for parameter in chunk.parameters():

@@ -17,11 +17,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from mtt_convert import convert
 from tests.conftest import IN_CI
+from tests.convert.families import natives
 from tests.convert.surgery import Golden, copy_of, edited, edited_metadata, model_of
 
 WORKER = Path(__file__).with_name("load_and_run.py")
@@ -157,6 +159,13 @@ WRITTEN = [
     Written("mcore/gpt_bf16/tp2pp2/torch", "torch_dist", Layout(2), Layout(1, 2)),
     Written(_LEGACY_GPT, "torch_dist", Layout(1, 2), Layout(2)),
 ]
+# Without those that no argument of Megatron-Core describes: a gate with GELU, parallel residuals.
+NATIVES = [
+    case
+    for case in natives.CASES
+    if not (case.family == "llama" and "hidden_act" in case.options)
+    and not (case.family == "gpt_neox" and case.config().use_parallel_residual)
+]
 NUM_TOKENS = {"mcore": 500, "mcore-te": 500, "legacy": 497}
 
 
@@ -289,6 +298,8 @@ def results(golden: Golden, tmp_path_factory: pytest.TempPathFactory) -> Results
         damage.apply(folder)
         cases[damage.name] = job(golden, damage.golden, folder, damage.layout)
         cases[damage.name]["left_over"] = ["rng_state"]
+    for native in NATIVES:
+        cases[str(native)] = native_job(native, tmp_path_factory.mktemp("native"))
     for written in WRITTEN:
         folder = written.write(golden, tmp_path_factory.mktemp("written"))
         layout = written.loaded_in or written.layout
@@ -296,6 +307,26 @@ def results(golden: Golden, tmp_path_factory: pytest.TempPathFactory) -> Results
         if written.transformer_impl == _TE:
             cases[str(written)]["left_over"] = _OF_TE_NORMS
     return launch(cases, tmp_path_factory.mktemp("megatron"))
+
+
+def native_job(case: natives.Case, folder: Path) -> dict[str, Any]:
+    """A random model of transformers', written for Megatron, beside its own logits."""
+    model = case.save(folder / "hf")
+    input_ids = torch.randint(model.config.vocab_size, (2, 24))
+    with torch.no_grad():
+        logits = model(input_ids).logits
+    np.savez(folder / "logits.npz", input_ids=input_ids, logits=logits)
+    pp = 2 if model.config.num_hidden_layers % 2 == 0 else 1
+    convert(folder / "hf", folder / "out", to="torch", tp=2, pp=pp, transformer_impl="local")
+    return {
+        "checkpoint": str(folder / "out"),
+        "tp": 2,
+        "pp": pp,
+        "vpp": 1,
+        "logits": str(folder / "logits.npz"),
+        "num_tokens": model.config.vocab_size,
+        "left_over": [],
+    }
 
 
 def job(golden: Golden, name: str, checkpoint: Path, layout: Layout) -> dict[str, Any]:
@@ -325,6 +356,13 @@ def test_megatron_loads_its_own(case: Case, results: Results) -> None:
 @pytest.mark.parametrize("written", WRITTEN, ids=str)
 def test_megatron_loads_what_mtt_writes(written: Written, results: Results) -> None:
     result = results[str(written)]
+    assert "error" not in result, result["error"]
+    assert result["difference"] < TOLERANCE
+
+
+@pytest.mark.parametrize("native", NATIVES, ids=str)
+def test_megatron_computes_what_transformers_does(native: natives.Case, results: Results) -> None:
+    result = results[str(native)]
     assert "error" not in result, result["error"]
     assert result["difference"] < TOLERANCE
 
