@@ -29,6 +29,7 @@ from .errors import (
 )
 from .families import FAMILIES, Family
 from .formats import hf_safetensors
+from .formats.folders import listing
 from .mapping import RuleTable, shorten
 from .tensors import LazyTensor, zeros
 from .tokenizer import has_tokenizer
@@ -47,7 +48,7 @@ def is_hf_folder(path: str) -> bool:
 def _other_weights(folder: str) -> list[str]:
     """Weights in files that mtt does not read."""
     endings = (".safetensors", ".bin", ".bin.index.json", ".h5", ".msgpack", ".gguf", ".pth")
-    return sorted(n for n in os.listdir(folder) if n.endswith(endings) and n != "training_args.bin")
+    return [n for n in listing(folder) if n.endswith(endings) and n != "training_args.bin"]
 
 
 def open_hf_folder(

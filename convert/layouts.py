@@ -87,7 +87,7 @@ def _check_sizes(a: Architecture, layout: Layout) -> None:
     for option, size in (("tp", layout.tp), ("pp", layout.pp), ("vpp", layout.vpp)):
         if not 1 <= size <= _MOST_RANKS:
             raise LayoutError(f"an impossible --{option}", found=str(size), expected="at least 1")
-    if layout.ep > 1:
+    if layout.ep != 1:
         raise LayoutError(
             "a dense model has no experts to divide; nothing was written",
             found=f"--ep {layout.ep}",

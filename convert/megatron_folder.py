@@ -57,7 +57,7 @@ from .version import __version__
 _TOKENIZER = "tokenizer"
 _DEFAULT_DIVISOR = 128
 Tensors = Mapping[str, LazyTensor]
-FORMATS = ("torch", "torch_dist")
+FORMATS = (megatron_torch.NAME, megatron_torch_dist.NAME)
 
 
 def plan_conversion(
@@ -109,7 +109,7 @@ def plan_conversion(
         )
     target = Target(
         format=to,
-        layout=Layout(tp, pp, vpp or 1, ep),
+        layout=Layout(tp, pp, 1 if vpp is None else vpp, ep),
         transformer_impl=transformer_impl or _source_impl(checkpoint),
         make_vocab_size_divisible_by=make_vocab_size_divisible_by or _source_divisor(checkpoint),
         pipeline_layout=pipeline_model_parallel_layout,

@@ -161,6 +161,9 @@ def _unknown_arguments(raw: RawCheckpoint) -> list[str]:
     ]
 
 
+FORMATS = ("hf", *megatron_folder.FORMATS)
+
+
 class LayoutOptions(TypedDict, total=False):
     """Options of a Megatron target; None is as good as absent."""
 
@@ -223,7 +226,7 @@ def convert(
         SourceError, TargetError, UsageError: nothing that looks whole is left behind.
     """
     source, target = os.fspath(source), os.fspath(target)
-    _check_choice("target format", to, ("hf", *megatron_folder.FORMATS))
+    _check_choice("target format", to, FORMATS)
     _check_choice("way to treat replicated tensors", replicated, replicas.POLICIES)
     _check_choice("hash", hash_name, tuple(ALGORITHMS))
     if num_workers < 1:
@@ -278,6 +281,7 @@ def plan_conversion(
         UsageError: options that contradict each other or the checkpoint.
         SourceError: the target cannot represent the model.
     """
+    _check_choice("target format", to, FORMATS)
     if to == "hf" and (given := [name for name, value in layout.items() if value is not None]):
         raise UsageError(
             f"{', '.join(given)}: a layout is only for a Megatron target",

@@ -54,7 +54,7 @@ class PlannedFile:
 
     Attributes:
         name: its path below the output folder.
-        fixed: position -> bytes, without overlap.
+        fixed: position and bytes, in rising order and without overlap.
         tensors: in the order of their offsets.
     """
 

@@ -19,6 +19,7 @@ import os
 import shutil
 import threading
 import zlib
+from operator import itemgetter
 from types import TracebackType
 from typing import Any
 
@@ -45,7 +46,7 @@ class FolderSink:
         self._plan, self._algorithm, self._overwrite = plan, algorithm, overwrite
         self._mutex = threading.Lock()
         self._open: dict[str, int] = {}
-        self._fixed: dict[str, dict[int, bytearray]] = {}
+        self._fixed: dict[str, list[bytearray]] = {}
         self._checksums: dict[tuple[str, str], int] = {}
         self._written: list[str] = []
         self._made_folders: list[str] = []
@@ -184,25 +185,28 @@ class FolderSink:
         Raises:
             TargetError: the disk is full or the folder not writable.
         """
+        descriptor = self._descriptor(file)
         try:
-            descriptor = self._descriptor(file)
             _write_all(descriptor, data, tensor.offset + position)
-            if tensor.checksum_at:
-                key = file.name, tensor.name
-                self._checksums[key] = zlib.crc32(data, self._checksums.get(key, 0))
         except OSError as error:
             raise _target_error(self.folder, error) from error
+        if tensor.checksum_at:
+            key = file.name, tensor.name
+            self._checksums[key] = zlib.crc32(data, self._checksums.get(key, 0))
 
     def _descriptor(self, file: PlannedFile) -> int:
         with self._mutex:
             assert not self._closed, file.name
             if file.name not in self._open:
                 path = os.path.join(self.folder, file.name + ".part")
-                os.makedirs(os.path.dirname(path), exist_ok=True)
                 flags = os.O_CREAT | os.O_TRUNC | os.O_WRONLY | os.O_CLOEXEC
-                self._open[file.name] = os.open(path, flags, 0o666)
+                try:
+                    os.makedirs(os.path.dirname(path), exist_ok=True)
+                    self._open[file.name] = os.open(path, flags, 0o666)
+                except OSError as error:
+                    raise _target_error(self.folder, error) from error
                 self._written.append(file.name + ".part")
-                self._fixed[file.name] = {at: bytearray(data) for at, data in file.fixed}
+                self._fixed[file.name] = [bytearray(data) for _, data in file.fixed]
             return self._open[file.name]
 
     def tensor_done(self, file: PlannedFile, tensor: PlannedTensor, digest: str) -> None:
@@ -211,12 +215,11 @@ class FolderSink:
         with self._mutex:
             self.manifest["files"][file.name]["tensors"][tensor.name] = digest
             checksum = self._checksums.pop((file.name, tensor.name), 0)
-            fixed = self._fixed[file.name]
-            starts = sorted(fixed)
             for position in tensor.checksum_at:
-                start = starts[bisect.bisect_right(starts, position) - 1]
+                number = bisect.bisect_right(file.fixed, position, key=itemgetter(0)) - 1
+                start, _ = file.fixed[number]
                 place = slice(position - start, position - start + 4)
-                fixed[start][place] = checksum.to_bytes(4, "little")
+                self._fixed[file.name][number][place] = checksum.to_bytes(4, "little")
 
     def file_done(self, file: PlannedFile) -> None:
         """Write what stands between the tensors, and give the complete file its name.
@@ -228,7 +231,7 @@ class FolderSink:
         with self._mutex:
             try:
                 fixed = self._fixed.pop(file.name)
-                for position, data in fixed.items():
+                for (position, _), data in zip(file.fixed, fixed, strict=True):
                     _write_all(descriptor, memoryview(data), position)
                 del self._open[file.name]
                 os.close(descriptor)
@@ -236,9 +239,7 @@ class FolderSink:
                 os.replace(path + ".part", path)
                 self._written.append(file.name)
                 entry = self.manifest["files"][file.name]
-                entry["header"] = manifest.digest(
-                    b"".join(fixed[at] for at in sorted(fixed)), self._algorithm
-                )
+                entry["header"] = manifest.digest(b"".join(fixed), self._algorithm)
                 entry["status"] = "complete"
                 manifest.write(self.folder, self.manifest)
             except OSError as error:

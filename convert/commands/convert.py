@@ -1,4 +1,4 @@
-"""`mtt convert`: Megatron to Hugging Face, and one Hugging Face family to another."""
+"""`mtt convert`: any checkpoint to a Hugging Face folder, or to a Megatron layout."""
 
 from __future__ import annotations
 

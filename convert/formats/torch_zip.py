@@ -229,6 +229,18 @@ def plan(value: object, weights: Mapping[int, Weight], prefix: str, start: int =
     return writer.finish()
 
 
+@dataclass(frozen=True, slots=True)
+class _Record:
+    """A placed record; positions are absolute, and a tensor's checksum is not known yet."""
+
+    name: str
+    header_at: int
+    data_at: int
+    size: int
+    checksum: int
+    weight: Weight | None
+
+
 @dataclass(slots=True)
 class _ZipPlanner:
     """Places records one after another, then the directory of them all."""
@@ -236,7 +248,7 @@ class _ZipPlanner:
     prefix: str
     start: int
     _fixed: list[tuple[int, bytes]] = field(default_factory=list)
-    _records: list[tuple[str, int, int, int, Weight | None, int]] = field(default_factory=list)
+    _records: list[_Record] = field(default_factory=list)
     _position: int = 0
 
     def __post_init__(self) -> None:
@@ -260,19 +272,20 @@ class _ZipPlanner:
         data = content if isinstance(content, bytes) else b""
         self._put(header_at, header + data)
         data_at = header_at + len(header)
-        self._records.append((name, header_at, size, checksum, weight, data_at))
+        self._records.append(_Record(name, header_at, data_at, size, checksum, weight))
         self._position = data_at + size
 
     def finish(self) -> PlannedZip:
         """The directory, and with it the whole plan."""
         directory_at = entry_at = self._position
         entries, tensors = [], []
-        for name, header_at, size, checksum, weight, data_at in self._records:
-            entries.append(_directory_entry(name, header_at - self.start, size, checksum))
-            if weight is not None:
-                checksum_at = (header_at + 14, entry_at + 16)
+        for record in self._records:
+            entries.append(_directory_entry(record, record.header_at - self.start))
+            if (weight := record.weight) is not None:
+                # Where the header and the directory's entry have the checksum.
+                places = (record.header_at + 14, entry_at + 16)
                 tensors.append(
-                    PlannedTensor(weight.name, weight.source, weight.dtype, data_at, checksum_at)
+                    PlannedTensor(weight.name, weight.source, weight.dtype, record.data_at, places)
                 )
             entry_at += len(entries[-1])
         directory = b"".join(entries)
@@ -297,15 +310,16 @@ def _shared_fields(name: str, size: int, checksum: int, extra: bytes) -> bytes:
     return struct.pack("<HHHHIIIHH", _UTF8, 0, 0, _EPOCH_DATE, checksum, short, short, *names)
 
 
-def _directory_entry(name: str, header_at: int, size: int, checksum: int) -> bytes:
+def _directory_entry(record: _Record, header_at: int) -> bytes:
+    size = record.size
     large = [size, size] if size >= _FULL_32 else []
     large += [header_at] if header_at >= _FULL_32 else []
     extra = struct.pack(f"<HH{len(large)}Q", _ZIP64_ID, 8 * len(large), *large) if large else b""
     version = _ZIP64_VERSION if large else _STORED_VERSION
     entry = struct.pack("<4sHH", b"PK\x01\x02", version, version)
-    entry += _shared_fields(name, size, checksum, extra)
+    entry += _shared_fields(record.name, size, record.checksum, extra)
     entry += struct.pack("<HHHII", 0, 0, 0, 0, min(header_at, _FULL_32))
-    return entry + name.encode() + extra
+    return entry + record.name.encode() + extra
 
 
 def _directory_end(count: int, size: int, position: int) -> bytes:
