@@ -18,6 +18,7 @@ from .version import __version__
 if TYPE_CHECKING:
     from .checkpoint import Checkpoint
     from .comparing import Comparison, Verification, diff, verify
+    from .conversion import Conversion
     from .errors import (
         CorruptError,
         HubError,
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
         UnsupportedError,
         UsageError,
     )
-    from .hf_folder import Conversion
     from .loading import from_megatron
     from .pipeline import Result, convert, open_checkpoint, plan_conversion
 
@@ -56,7 +56,7 @@ _MODULES = {
         "UsageError",
     ),
     "loading": ("from_megatron",),
-    "hf_folder": ("Conversion",),
+    "conversion": ("Conversion",),
     "pipeline": ("Result", "convert", "open_checkpoint", "plan_conversion"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}

@@ -17,6 +17,15 @@ from . import topology
 from .architecture import Architecture
 from .arguments import OWN
 from .checkpoint import Checkpoint, Layout
+from .conversion import (
+    Conversion,
+    check_dtype,
+    choose_tokenizer,
+    main_dtype,
+    stored_rows,
+    stored_tokens,
+    true_vocabulary,
+)
 from .dialects import WRITABLE
 from .dialects.modules import Modules
 from .documents import special_tokens
@@ -27,15 +36,6 @@ from .formats.folders import TRACKER
 from .formats.megatron_torch import RankModel
 from .formats.megatron_torch_dist import Chunk, RankChunks
 from .formats.torch_zip import Weight
-from .hf_folder import (
-    CAST_DTYPES,
-    Conversion,
-    choose_tokenizer,
-    main_dtype,
-    stored_rows,
-    stored_tokens,
-    true_vocabulary,
-)
 from .layouts import Stage, num_chunks, plan_stages
 from .mapping import RuleTable
 from .megatron_args import (
@@ -86,7 +86,7 @@ def plan_conversion(
         pipeline_model_parallel_layout: Megatron's string for a custom pipeline.
         transformer_impl: `transformer_engine` or `local`; None keeps the source's.
         make_vocab_size_divisible_by: None keeps the source's, or is 128.
-        dtype: `auto` as stored, or one of `CAST_DTYPES`.
+        dtype: `auto` as stored, or `float32`, `bfloat16` or `float16`.
         max_shard_size: of one `.distcp` file; a `torch` rank is one file whatever its size.
         vocab_padding: `keep` all rows the source has, or `trim` to what the layout needs; None
             trims where the true size is known.
@@ -97,7 +97,8 @@ def plan_conversion(
         UnsupportedError: Megatron-Core does not compute this model.
         UsageError: options that contradict each other or the checkpoint.
     """
-    _check_choices(dtype, transformer_impl, make_vocab_size_divisible_by)
+    check_dtype(dtype)
+    _check_choices(transformer_impl, make_vocab_size_divisible_by)
     if pipeline_model_parallel_layout is not None:
         vpp = _chunks_of(pipeline_model_parallel_layout, pp, vpp)
     if etp not in (None, 1, tp):
@@ -166,9 +167,7 @@ def plan_conversion(
     )
 
 
-def _check_choices(dtype: str, transformer_impl: str | None, divisor: int | None) -> None:
-    if dtype != "auto" and dtype not in CAST_DTYPES:
-        raise UsageError(f"unknown dtype {dtype!r}", expected=f"auto, {', '.join(CAST_DTYPES)}")
+def _check_choices(transformer_impl: str | None, divisor: int | None) -> None:
     if transformer_impl is not None and transformer_impl not in WRITABLE:
         raise UsageError(
             f"unknown transformer implementation {transformer_impl!r}",

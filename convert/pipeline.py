@@ -37,12 +37,12 @@ from .arguments import (
     unknown_arguments,
 )
 from .checkpoint import Checkpoint, RawCheckpoint, Shard
+from .conversion import Conversion
 from .documents import (
     source_facts,
 )
 from .errors import InconsistentError, UnsupportedError, UsageError
 from .execute import Progress, run
-from .hf_folder import Conversion
 from .manifest import ALGORITHMS
 from .mapping import shorten
 from .target import FolderSink

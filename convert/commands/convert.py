@@ -9,8 +9,8 @@ from typing import Any
 
 from ..checkpoint import Checkpoint
 from ..cli import LAYOUT_OPTIONS, overrides
+from ..conversion import Conversion
 from ..errors import UsageError
-from ..hf_folder import Conversion
 from ..hf_source import is_hf_folder
 from ..pipeline import check_target, convert, open_checkpoint, plan_conversion
 from ..plan import render
