@@ -159,13 +159,7 @@ WRITTEN = [
     Written("mcore/gpt_bf16/tp2pp2/torch", "torch_dist", Layout(2), Layout(1, 2)),
     Written(_LEGACY_GPT, "torch_dist", Layout(1, 2), Layout(2)),
 ]
-# Without those that no argument of Megatron-Core describes: a gate with GELU, parallel residuals.
-NATIVES = [
-    case
-    for case in natives.CASES
-    if not (case.family == "llama" and "hidden_act" in case.options)
-    and not (case.family == "gpt_neox" and case.config().use_parallel_residual)
-]
+NATIVES = [case for case in natives.CASES if not case.beyond_megatron]
 NUM_TOKENS = {"mcore": 500, "mcore-te": 500, "legacy": 497}
 
 
@@ -316,12 +310,11 @@ def native_job(case: natives.Case, folder: Path) -> dict[str, Any]:
     with torch.no_grad():
         logits = model(input_ids).logits
     np.savez(folder / "logits.npz", input_ids=input_ids, logits=logits)
-    pp = 2 if model.config.num_hidden_layers % 2 == 0 else 1
-    convert(folder / "hf", folder / "out", to="torch", tp=2, pp=pp, transformer_impl="local")
+    convert(folder / "hf", folder / "out", to="torch", tp=2, pp=2, transformer_impl="local")
     return {
         "checkpoint": str(folder / "out"),
         "tp": 2,
-        "pp": pp,
+        "pp": 2,
         "vpp": 1,
         "logits": str(folder / "logits.npz"),
         "num_tokens": model.config.vocab_size,

@@ -10,7 +10,7 @@ import torch
 import transformers
 
 SIZES: dict[str, Any] = {
-    "vocab_size": 96,
+    "vocab_size": 97,
     "hidden_size": 32,
     "intermediate_size": 48,
     "num_hidden_layers": 4,
@@ -21,9 +21,9 @@ SIZES: dict[str, Any] = {
     "pad_token_id": 0,
 }
 GPT2: dict[str, Any] = {
-    "vocab_size": 96,
+    "vocab_size": 97,
     "n_embd": 32,
-    "n_layer": 3,
+    "n_layer": 4,
     "n_head": 4,
     "n_positions": 64,
     "bos_token_id": 1,
@@ -71,6 +71,15 @@ class Case:
     def config(self) -> Any:
         sizes = GPT2 if self.family == "gpt2" else SIZES
         return model_class(self.family).config_class(**{**sizes, **self.options})
+
+    @property
+    def beyond_megatron(self) -> str | None:
+        """What no argument of Megatron-Core describes: a gate with GELU, parallel residuals."""
+        if self.family == "llama" and "hidden_act" in self.options:
+            return "gated_linear_unit"
+        if self.family == "gpt_neox" and self.config().use_parallel_residual:
+            return "parallel_residual"
+        return None
 
     def model(self) -> Any:
         """A model with random weights that all matter, norms and biases included."""
@@ -136,4 +145,6 @@ CASES = [
         tie_word_embeddings=True,
         rope_parameters={"rope_type": "default", "rope_theta": 1e5, "partial_rotary_factor": 0.25},
     ),
+    case("nemotron", num_key_value_heads=2, partial_rotary_factor=1.0),
+    case("gpt_neox", use_parallel_residual=False, hidden_act="gelu_new"),
 ]

@@ -49,7 +49,7 @@ def trip(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Case], Trip]:
 def tokens() -> torch.Tensor:
     """Longer than any window, and with room for what dynamic positions might do."""
     torch.manual_seed(1)
-    return torch.randint(0, 96, (2, 24))
+    return torch.randint(0, 97, (2, 24))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
