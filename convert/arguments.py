@@ -346,7 +346,7 @@ def _window(a: Arguments, said: Arguments, legacy: bool) -> dict[str, object]:
             "mtt cannot represent this window of attention",
             found=f"window_size = {_show(size)}",
             expected="window_size = (N, 0): N tokens to the left of each, and none to the right",
-            fix="if that is what was computed, --set 'window_size=(N,0)'",
+            fix="if that is what was computed, --set window_size='(N,0)'",
         )
     flags = tuple(skip) if isinstance(skip, (list, tuple)) else skip
     kinds = flags if isinstance(flags, tuple) else (flags,) if flags is not None else ()

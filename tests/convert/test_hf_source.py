@@ -88,7 +88,7 @@ def test_what_a_checkpoint_says(folder: Path) -> None:
     )
     assert (checkpoint.layout.tp, checkpoint.layout.pp, checkpoint.iteration) == (1, 1, None)
     assert (checkpoint.replicas, checkpoint.dropped, checkpoint.warnings) == ((), {}, ())
-    assert checkpoint.architecture.padded_vocab_size == checkpoint.architecture.vocab_size == 96
+    assert checkpoint.architecture.padded_vocab_size == checkpoint.architecture.vocab_size == 97
     assert checkpoint.architecture.params_dtype == "float32"
     assert checkpoint.config["model_type"] == "llama"
     assert checkpoint.args == {}
@@ -211,7 +211,7 @@ def test_a_tokenizer_with_more_tokens_than_rows(folder: Path, tmp_path: Path) ->
         shutil.copy(next(SAMPLE.rglob(f"*{name}")), folder / name)
     result = convert(folder, tmp_path / "out", model_type="auto")
     assert result.conversion.model_type == "llama"
-    assert result.conversion.warnings == ("the tokenizer has 505 tokens, the tables 96 rows",)
+    assert result.conversion.warnings == ("the tokenizer has 505 tokens, the tables 97 rows",)
 
 
 def test_a_skipped_tensor(folder: Path) -> None:
@@ -250,7 +250,7 @@ def test_more_layers_than_tensors(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "shape"),
     [
-        ("model.embed_tokens.weight", (97, 32)),
+        ("model.embed_tokens.weight", (96, 32)),
         ("model.layers.0.self_attn.q_proj.weight", (33, 32)),
         ("model.layers.1.self_attn.k_proj.weight", (16, 31)),
         ("model.layers.1.mlp.gate_proj.weight", (47, 32)),
