@@ -18,7 +18,7 @@ PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 PYTEST_FLAGS := -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo oracles test test-lowest check format format-check lint types clean
+.PHONY: help demo oracles test test-lowest test-transformers check format format-check lint types clean
 
 help:
 	@echo "make demo         convert the sample checkpoint and generate from it"
@@ -29,6 +29,7 @@ help:
 	@echo "make types        mypy"
 	@echo "make oracles      compare MTT's options with other classes again; see docs/oracles.md"
 	@echo "make test-lowest  run the tests with the lowest supported versions [TORCH=2.11.0]"
+	@echo "make test-transformers  run transformers' own tests [FAST=1]; see docs/transformers-tests.md"
 	@echo "make clean        remove the environments, caches and build products"
 	@echo "PYTHON=python3.12 chooses the interpreter, PYTEST_ARGS='-k plan' what to run."
 
@@ -62,6 +63,9 @@ types: $(READY)
 
 test-lowest: $(LOWEST_READY)
 	$(PYTEST) $(LOWEST)/bin/python -m pytest $(PYTEST_FLAGS)
+
+test-transformers: $(READY)
+	$(VENV)/bin/python tests/transformers_suite/run.py --jobs $(JOBS) $(if $(FAST),--fast)
 
 clean:
 	rm -rf $(VENV) $(LOWEST) build dist *.egg-info

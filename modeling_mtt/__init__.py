@@ -19,6 +19,8 @@ Importing this package registers `MTTConfig` and the models with the auto classe
 weights, so that what was saved loads with `trust_remote_code=True` where this package is missing.
 """
 
+import sys
+
 import transformers
 
 from . import modeling_mtt
@@ -38,6 +40,9 @@ for _auto_class, _reference in AUTO_MAP.items():
     if _auto_class != "AutoConfig":
         _model_class = getattr(modeling_mtt, _reference.split(".")[1])
         getattr(transformers, _auto_class).register(MTTConfig, _model_class, exist_ok=True)
+        # `transformers serve` takes the class that a configuration names from transformers, which
+        # may have executed itself anew since it was imported above.
+        setattr(sys.modules["transformers"], _model_class.__name__, _model_class)
         _model_class.register_for_auto_class(_auto_class)
 
 __all__ = [

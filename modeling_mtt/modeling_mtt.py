@@ -139,7 +139,10 @@ def build_norm(config: MTTConfig, size: int) -> nn.Module:
 
 def layer_types(config: MTTConfig) -> list[str]:
     """What the attention of each layer sees."""
-    return config.layer_types or ["full_attention"] * config.num_hidden_layers
+    if config.layer_types is not None:
+        return config.layer_types
+    same = "full_attention" if config.sliding_window is None else "sliding_attention"
+    return [same] * config.num_hidden_layers
 
 
 def _divide_by_root_mean_square(hidden_states: torch.Tensor, eps: float) -> torch.Tensor:

@@ -25,7 +25,8 @@ def test_defaults_describe_a_gpt():
     assert config.model_type == "mtt"
     assert config.num_key_value_heads == config.num_attention_heads == 16
     assert config.head_dim == 64
-    assert config.rope_parameters is None
+    # transformers takes a configuration that has them for one of a rotary model.
+    assert not hasattr(config, "rope_parameters")
 
 
 @pytest.mark.parametrize(
@@ -215,3 +216,21 @@ def test_plans_name_only_what_is_there(tiny_config):
         assert set(config.base_model_tp_plan) - {"embed_tokens"} == names
         assert ("embed_positions" in config.base_model_pp_plan) == (preset == "gpt")
         assert ("embed_norm" in config.base_model_pp_plan) == (preset == "bloom")
+
+
+@pytest.mark.parametrize("kind", ["learned", "rope"])
+def test_equal_configurations_are_equal(kind):
+    config = MTTConfig(position_embedding_type=kind)
+    assert config == MTTConfig(position_embedding_type=kind)
+    assert config == copy.deepcopy(config)
+    assert config != MTTConfig(position_embedding_type=kind, num_hidden_layers=3)
+    assert config != MTTConfig(position_embedding_type="none")
+
+
+def test_a_window_set_later_is_every_layers():
+    """As in Mistral, whose configuration has no `layer_types`."""
+    config = MTTConfig(num_hidden_layers=2)
+    config.sliding_window = 8
+    config.validate()
+    again = MTTConfig.from_dict(config.to_dict())
+    assert again.layer_types == ["sliding_attention"] * 2

@@ -1,0 +1,3 @@
+"""`make test` has nothing to run here: see `make test-transformers`."""
+
+collect_ignore = ["stand_ins"]

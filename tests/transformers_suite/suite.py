@@ -1,0 +1,192 @@
+"""transformers' common tests, on MTT in three shapes and on Llama beside them.
+
+`run.py` calls pytest on this file, with the `tests` folder of transformers' source distribution and
+then `stand_ins` on the path: the modules it imports from `tests` are theirs.
+"""
+
+from __future__ import annotations
+
+import unittest
+from typing import Any, ClassVar
+
+import torch
+from tests.test_configuration_common import ConfigTester
+from tests.test_modeling_common import ModelTesterMixin, ids_tensor
+from tests.test_training_mixin import TrainingTesterMixin
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForQuestionAnswering,
+    LlamaForSequenceClassification,
+    LlamaForTokenClassification,
+    LlamaModel,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.models.auto import modeling_auto
+
+from modeling_mtt import (
+    MTTConfig,
+    MTTForCausalLM,
+    MTTForQuestionAnswering,
+    MTTForSequenceClassification,
+    MTTForTokenClassification,
+    MTTModel,
+)
+from tests import test_fsdp_mixin, test_tensor_parallel_mixin
+
+# What a test does with a class follows from the table that names it; without one it is left out.
+for _table, _name in {
+    "MODEL": "MTTModel",
+    "MODEL_FOR_CAUSAL_LM": "MTTForCausalLM",
+    "MODEL_FOR_QUESTION_ANSWERING": "MTTForQuestionAnswering",
+    "MODEL_FOR_SEQUENCE_CLASSIFICATION": "MTTForSequenceClassification",
+    "MODEL_FOR_TOKEN_CLASSIFICATION": "MTTForTokenClassification",
+}.items():
+    getattr(modeling_auto, f"{_table}_MAPPING_NAMES")["mtt"] = _name
+
+# The processes of these tests are for the few model types named here; `None` is for all.
+test_fsdp_mixin.FSDP_DISTRIBUTED_TEST_MODEL_TYPES = None
+test_tensor_parallel_mixin.TP_DISTRIBUTED_TEST_MODEL_TYPES = None
+
+
+class ModelTester:
+    """A tiny configuration and inputs for it, under the names that the mixins ask for."""
+
+    config_class: type[PreTrainedConfig] = MTTConfig
+    base_model_class: type[PreTrainedModel] = MTTModel
+    causal_lm_class: type[PreTrainedModel] = MTTForCausalLM
+    all_model_classes: tuple[type[PreTrainedModel], ...] = (
+        MTTModel,
+        MTTForCausalLM,
+        MTTForQuestionAnswering,
+        MTTForSequenceClassification,
+        MTTForTokenClassification,
+    )
+    options: ClassVar[dict[str, Any]] = {}
+
+    batch_size = 13
+    seq_length = 7
+    is_training = True
+    vocab_size = 99
+    hidden_size = 32
+    num_hidden_layers = 2
+    num_attention_heads = 4
+    num_labels = 3
+
+    def get_config(self) -> PreTrainedConfig:
+        options: dict[str, Any] = {
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.hidden_size,
+            "intermediate_size": 48,
+            "num_hidden_layers": self.num_hidden_layers,
+            "num_attention_heads": self.num_attention_heads,
+            "max_position_embeddings": 512,
+            "num_labels": self.num_labels,
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        }
+        return self.config_class(**{**options, **self.options})
+
+    def prepare_config_and_inputs_for_common(self) -> tuple[PreTrainedConfig, dict[str, Any]]:
+        input_ids = ids_tensor([self.batch_size, self.seq_length], self.vocab_size)
+        # Rows of 1 to 7 tokens, the rest of each being padding.
+        lengths = torch.arange(self.batch_size).remainder(self.seq_length).add(1)
+        mask = (torch.arange(self.seq_length) < lengths[:, None]).long()
+        return self.get_config(), {"input_ids": input_ids, "attention_mask": mask}
+
+
+class GPT(ModelTester):
+    """Megatron-Turing NLG: learned positions, LayerNorm, biases, a tied head."""
+
+
+class LlamaLike(ModelTester):
+    """RoPE, RMSNorm, a gated MLP, grouped heads, no biases, a head of its own."""
+
+    options: ClassVar = {
+        "num_key_value_heads": 2,
+        "hidden_act": "silu",
+        "gated_mlp": True,
+        "norm_type": "rmsnorm",
+        "position_embedding_type": "rope",
+        "attention_bias": False,
+        "attention_out_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": False,
+    }
+
+
+class NemotronLike(ModelTester):
+    """RoPE on half a head, zero-centred LayerNorm, squared ReLU, normalised queries and keys."""
+
+    options: ClassVar = {
+        "num_key_value_heads": 2,
+        "head_dim": 12,
+        "hidden_act": "relu2",
+        "zero_centered_norm": True,
+        "use_qk_norm": True,
+        "position_embedding_type": "rope",
+        "rope_parameters": {"rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+        "attention_bias": False,
+        "attention_out_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": False,
+    }
+
+
+class Llama(ModelTester):
+    config_class = LlamaConfig
+    base_model_class = LlamaModel
+    causal_lm_class = LlamaForCausalLM
+    all_model_classes = (
+        LlamaModel,
+        LlamaForCausalLM,
+        LlamaForQuestionAnswering,
+        LlamaForSequenceClassification,
+        LlamaForTokenClassification,
+    )
+    options: ClassVar = {"num_key_value_heads": 2}
+
+
+class Common(
+    ModelTesterMixin,
+    TrainingTesterMixin,
+    test_tensor_parallel_mixin.TensorParallelTesterMixin,
+    test_fsdp_mixin.FSDPTesterMixin,
+):
+    """Everything that the source distribution has for a text model."""
+
+    tester_class: type[ModelTester]
+    model_tester: Any = None
+    # With less than 80% of so small a model on the first device no layer is.
+    model_split_percents = (0.5, 0.7, 0.8)
+
+    # Asks whether this class inherits tests that are not in the source distribution.
+    test_generation_tester_mixin_inheritance = None
+
+    def setUp(self) -> None:
+        self.model_tester = self.tester_class()
+        self.all_model_classes = self.tester_class.all_model_classes
+        self._torch_compile_train_cls = self.tester_class.causal_lm_class
+
+    def test_config(self) -> None:
+        ConfigTester(
+            self, config_class=self.tester_class.config_class, hidden_size=32
+        ).run_common_tests()
+
+
+class TestGPT(Common, unittest.TestCase):
+    tester_class = GPT
+
+
+class TestLlamaLike(Common, unittest.TestCase):
+    tester_class = LlamaLike
+
+
+class TestNemotronLike(Common, unittest.TestCase):
+    tester_class = NemotronLike
+
+
+class TestLlama(Common, unittest.TestCase):
+    tester_class = Llama
