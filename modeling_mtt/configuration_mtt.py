@@ -13,6 +13,7 @@
 # limitations under the License.
 """MTT model configuration."""
 
+from dataclasses import field, fields
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
@@ -176,7 +177,8 @@ class MTTConfig(PreTrainedConfig):
     zero_centered_norm: bool = False
     position_embedding_type: Literal["learned", "rope", "alibi", "none"] = "learned"
     max_position_embeddings: int = 1024
-    rope_parameters: RopeParameters | dict | None = None
+    # A factory, so that the class has no such attribute: see `__post_init__`.
+    rope_parameters: RopeParameters | dict | None = field(default_factory=lambda: None)
     rope_interleave: bool = False
     sliding_window: int | None = None
     layer_types: list[str] | None = None
@@ -227,9 +229,19 @@ class MTTConfig(PreTrainedConfig):
         given = self.rope_parameters
         self.rope_parameters = dict(given) if given is not None else None
         super().__post_init__(**kwargs)
-        # The base class fills in rope parameters for every model that could have them.
+        # transformers takes every configuration with such an attribute for one of a rotary model,
+        # and the base class fills it in.
         if self.position_embedding_type != "rope":
             self.rope_parameters = given
+            if given is None:
+                del self.rope_parameters
+
+    def __eq__(self, other: object) -> bool:
+        # What a dataclass does, but that `rope_parameters` may be missing.
+        return type(self) is type(other) and all(
+            getattr(self, each.name, None) == getattr(other, each.name, None)
+            for each in fields(self)
+        )
 
     @property
     def logit_scale(self) -> float:
@@ -280,12 +292,13 @@ class MTTConfig(PreTrainedConfig):
 
         self._validate_positions()
         self._validate_layers()
+        self._validate_residuals()
 
     def _validate_positions(self) -> None:
         kind = self.position_embedding_type
         if kind == "rope":
             self._validate_rotated_part()
-        elif self.rope_parameters is not None:
+        elif hasattr(self, "rope_parameters"):
             raise ValueError(
                 f"rope_parameters ({self.rope_parameters}) go with position_embedding_type 'rope', "
                 f"not '{kind}': drop them or set the type."
@@ -323,13 +336,15 @@ class MTTConfig(PreTrainedConfig):
     def _validate_layers(self) -> None:
         if self.sliding_window is not None and self.sliding_window < 1:
             raise ValueError(f"sliding_window ({self.sliding_window}) must be at least 1.")
-        types = self.layer_types or []
+        if self.layer_types is None:
+            return
+        types = self.layer_types
         unknown = sorted(set(types) - {"full_attention", "sliding_attention"})
         if unknown:
             raise ValueError(
                 f"layer_types has {unknown}: expected 'full_attention' and 'sliding_attention'."
             )
-        if self.layer_types is not None and len(types) != self.num_hidden_layers:
+        if len(types) != self.num_hidden_layers:
             raise ValueError(
                 f"layer_types has {len(types)} entries: expected one for each of "
                 f"num_hidden_layers ({self.num_hidden_layers})."
@@ -340,6 +355,7 @@ class MTTConfig(PreTrainedConfig):
                 "layers that slide need a window, and a window needs layers that slide."
             )
 
+    def _validate_residuals(self) -> None:
         if self.shared_layernorm and not self.use_parallel_residual:
             raise ValueError(
                 "shared_layernorm goes with use_parallel_residual: one norm cannot feed attention "

@@ -22,7 +22,7 @@ from torch import nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import GenerationMixin
+from transformers.generation import GenerationConfig, GenerationMixin
 from transformers.integrations import use_kernel_forward_from_hub
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import (
@@ -126,13 +126,13 @@ MASK_FUNCTIONS: dict[str, Callable] = {
     "sliding_attention": create_sliding_window_causal_mask,
 }
 
+_NO_CONTINUOUS_BATCHING = (
+    "ALiBi does not run with continuous batching, whose cache does not say how far keys are: "
+    "use generate() in place of generate_batch()."
+)
+
 # The others have no argument for a bias, and some would ignore it.
 ALIBI_IMPLEMENTATIONS = ("eager", "sdpa", "flex_attention")
-
-NO_CONTINUOUS_BATCHING = (
-    "ALiBi does not run with continuous batching, whose paged cache has no place for a bias. "
-    "Use generate() in place of generate_batch()."
-)
 
 NORM_CLASSES: dict[tuple[str, bool], type[nn.Module]] = {
     ("layernorm", False): nn.LayerNorm,
@@ -149,7 +149,10 @@ def build_norm(config: MTTConfig, size: int) -> nn.Module:
 
 def layer_types(config: MTTConfig) -> list[str]:
     """What the attention of each layer sees."""
-    return config.layer_types or ["full_attention"] * config.num_hidden_layers
+    if config.layer_types is not None:
+        return config.layer_types
+    same = "full_attention" if config.sliding_window is None else "sliding_attention"
+    return [same] * config.num_hidden_layers
 
 
 def _divide_by_root_mean_square(hidden_states: torch.Tensor, eps: float) -> torch.Tensor:
@@ -683,7 +686,7 @@ class MTTModel(MTTPreTrainedModel):
         """Raise where ALiBi would be left out in silence."""
         implementation = self.config._attn_implementation
         if "cache" in kwargs:
-            raise ValueError(NO_CONTINUOUS_BATCHING)
+            raise ValueError(_NO_CONTINUOUS_BATCHING)
         if implementation not in ALIBI_IMPLEMENTATIONS:
             raise ValueError(
                 f"ALiBi adds a bias to attention scores: found attention implementation "
@@ -778,13 +781,6 @@ class MTTForCausalLM(MTTPreTrainedModel, GenerationMixin):
         share_random_state(getattr(self, "_device_mesh", None), self.device)
         return super().generate(*args, **kwargs)
 
-    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
-        """Prepare `generate_batch`; refuse where it would fail in the background."""
-        if self.config.position_embedding_type == "alibi":
-            raise ValueError(NO_CONTINUOUS_BATCHING)
-        check_continuous_batching(self.config, getattr(self.config, "distributed_config", None))
-        return super().init_continuous_batching(*args, **kwargs)
-
     def create_masks_for_generate(
         self,
         config: MTTConfig,
@@ -796,6 +792,45 @@ class MTTForCausalLM(MTTPreTrainedModel, GenerationMixin):
     ) -> dict[str, Any]:
         """Make the masks that `generate` passes with a static cache, as `MTTModel` would."""
         return self.model.create_masks(inputs_embeds, attention_mask, past_key_values, position_ids)
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Return a manager of continuous batching, which `generate_batch` asks for.
+
+        Raises:
+            `ValueError`: the model has ALiBi, or its layout shares heads or deals layers.
+        """
+        if self.config.position_embedding_type == "alibi":
+            raise ValueError(_NO_CONTINUOUS_BATCHING)
+        check_continuous_batching(self.config, getattr(self.config, "distributed_config", None))
+        return super().init_continuous_batching(*args, **kwargs)
+
+    def _prepare_cache_for_generation(
+        self,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> Any:
+        """Refuse a generation that cannot end within a learned table before it starts.
+
+        Compiled code could not say so later. The last token generated is never looked up, and
+        `max_cache_length` does not count it.
+        """
+        mask = model_kwargs.get("attention_mask")
+        if self.config.position_embedding_type == "learned" and mask is not None and mask.ndim == 2:
+            positions = max_cache_length - int((mask == 0).sum(-1).min())
+            table_size = self.config.max_position_embeddings
+            if positions > table_size:
+                raise ValueError(
+                    "The generation does not fit the table of learned positions: found "
+                    f"{positions} positions to look up, of the prompt and all new tokens but the "
+                    f"last, expected at most max_position_embeddings ({table_size}). "
+                    f"Lower max_new_tokens by {positions - table_size}, or shorten the prompt."
+                )
+        return super()._prepare_cache_for_generation(
+            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+        )
 
 
 # The generic heads of transformers ask the auto classes for the decoder, which refuse to answer for

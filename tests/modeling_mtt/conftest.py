@@ -15,7 +15,8 @@ from torch import nn
 
 from modeling_mtt import MTTConfig, MTTForCausalLM
 
-# The three shapes that differ most: what Megatron-Turing NLG is, what Llama is, and the rest.
+# The three shapes that differ most, what Megatron-Turing NLG is, what Llama is, and Nemotron; then
+# what none of them has.
 PRESETS: dict[str, dict[str, Any]] = {
     "gpt": {},
     "llama": {
@@ -37,6 +38,37 @@ PRESETS: dict[str, dict[str, Any]] = {
         "use_qk_norm": True,
         "position_embedding_type": "rope",
         "rope_parameters": {"rope_theta": 5000.0, "partial_rotary_factor": 0.5},
+    },
+    "bloom": {
+        "hidden_size": 48,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "position_embedding_type": "alibi",
+        "embedding_norm": True,
+        "apply_residual_connection_post_layernorm": True,
+    },
+    "falcon": {
+        "num_key_value_heads": 1,
+        "hidden_act": "gelu",
+        "position_embedding_type": "rope",
+        "rope_interleave": True,
+        "use_parallel_residual": True,
+        "shared_layernorm": True,
+        "embedding_multiplier": 2.0,
+        "residual_multiplier": 0.5,
+        "attention_multiplier": 0.3,
+        "logits_scaling": 1.5,
+    },
+    "qwen2": {
+        "num_key_value_heads": 2,
+        "hidden_act": "silu",
+        "gated_mlp": True,
+        "norm_type": "rmsnorm",
+        "position_embedding_type": "rope",
+        "attention_out_bias": False,
+        "mlp_bias": False,
+        "sliding_window": 4,
+        "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
     },
 }
 

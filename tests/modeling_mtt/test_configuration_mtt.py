@@ -25,7 +25,8 @@ def test_defaults_describe_a_gpt():
     assert config.model_type == "mtt"
     assert config.num_key_value_heads == config.num_attention_heads == 16
     assert config.head_dim == 64
-    assert config.rope_parameters is None
+    # transformers takes a configuration that has them for one of a rotary model.
+    assert not hasattr(config, "rope_parameters")
 
 
 @pytest.mark.parametrize(
@@ -81,6 +82,51 @@ def test_defaults_describe_a_gpt():
             "head_dim (3) times partial_rotary_factor (1.0) makes 4 values to rotate: "
             "expected 2 to 3.",
         ),
+        (
+            {"position_embedding_type": "rope", "rope_parameters": {"rope_type": "su"}},
+            "rope_type (su) of rope_parameters must be one of ['default', 'linear',",
+        ),
+        (
+            {"rope_interleave": True},
+            "rope_interleave goes with position_embedding_type 'rope', not 'learned'",
+        ),
+        (
+            {"position_embedding_type": "alibi", "rope_parameters": {"rope_theta": 1e4}},
+            "go with position_embedding_type 'rope', not 'alibi': drop them or set the type.",
+        ),
+        (
+            {"position_embedding_type": "alibi", "sliding_window": 8},
+            "sliding_window (8) and position_embedding_type 'alibi' do not go together",
+        ),
+        ({"sliding_window": 0}, "sliding_window (0) must be at least 1."),
+        (
+            {"layer_types": ["sliding_attention"] * 24},
+            "sliding_window (None) and layer_types (['sliding_attention',",
+        ),
+        (
+            {"sliding_window": 8, "layer_types": ["full_attention"] * 24},
+            "do not agree: layers that slide need a window, and a window needs layers that slide.",
+        ),
+        (
+            {"sliding_window": 8, "layer_types": ["sliding_attention"] * 3},
+            "layer_types has 3 entries: expected one for each of num_hidden_layers (24).",
+        ),
+        (
+            {"sliding_window": 8, "layer_types": ["chunked_attention"] * 24},
+            "layer_types has ['chunked_attention']: expected 'full_attention' and",
+        ),
+        ({"shared_layernorm": True}, "shared_layernorm goes with use_parallel_residual"),
+        (
+            {
+                "use_parallel_residual": True,
+                "apply_residual_connection_post_layernorm": True,
+            },
+            "use_parallel_residual and apply_residual_connection_post_layernorm do not go together",
+        ),
+        ({"embedding_multiplier": 0.0}, "embedding_multiplier (0.0) must be greater than 0."),
+        ({"residual_multiplier": -1.0}, "residual_multiplier (-1.0) must be greater than 0."),
+        ({"attention_multiplier": 0.0}, "attention_multiplier (0.0) must be greater than 0."),
+        ({"logits_scaling": 0.0}, "logits_scaling (0.0) must be greater than 0."),
     ],
 )
 def test_what_is_refused(options, message):
@@ -104,7 +150,43 @@ def test_rope_parameters_are_completed_and_left_alone():
     }
 
 
-@pytest.mark.parametrize("preset", ["gpt", "llama", "nemotron"])
+def test_a_window_is_for_every_layer_unless_said_otherwise():
+    assert MTTConfig(num_hidden_layers=2).layer_types is None
+    config = MTTConfig(num_hidden_layers=2, sliding_window=8)
+    assert config.layer_types == ["sliding_attention", "sliding_attention"]
+
+
+def test_vllm_is_told_how_logits_are_scaled():
+    config = MTTConfig(logits_scaling=4.0)
+    assert config.logit_scale == 0.25
+    assert "logit_scale" not in config.to_dict()
+
+
+def test_configurations_of_before_keep_their_meaning(tiny_config, tmp_path):
+    """Without the fields that came later, a model is what it was."""
+    config = tiny_config("llama")
+    config.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    stored = json.loads(path.read_text())
+    later = {
+        "rope_interleave": False,
+        "sliding_window": None,
+        "layer_types": None,
+        "use_parallel_residual": False,
+        "shared_layernorm": False,
+        "apply_residual_connection_post_layernorm": False,
+        "embedding_norm": False,
+        "embedding_multiplier": 1.0,
+        "residual_multiplier": 1.0,
+        "attention_multiplier": None,
+        "logits_scaling": 1.0,
+    }
+    assert {name: stored.pop(name) for name in later} == later
+    path.write_text(json.dumps(stored))
+    assert AutoConfig.from_pretrained(tmp_path).to_diff_dict() == config.to_diff_dict()
+
+
+@pytest.mark.parametrize("preset", ["gpt", "llama", "nemotron", "bloom", "falcon", "qwen2"])
 def test_round_trip(tiny_config, tmp_path, preset):
     config = tiny_config(preset)
     config.save_pretrained(tmp_path)
@@ -126,9 +208,29 @@ def test_plans_name_only_what_is_there(tiny_config):
         "gpt": ungated,
         "llama": ungated | {"layers.*.mlp.gate_proj"},
         "nemotron": ungated | norms,
+        "bloom": ungated,
     }
     for preset, names in expected.items():
         config = tiny_config(preset)
         # transformers 5.17 adds the embedding to every plan.
         assert set(config.base_model_tp_plan) - {"embed_tokens"} == names
         assert ("embed_positions" in config.base_model_pp_plan) == (preset == "gpt")
+        assert ("embed_norm" in config.base_model_pp_plan) == (preset == "bloom")
+
+
+@pytest.mark.parametrize("kind", ["learned", "rope"])
+def test_equal_configurations_are_equal(kind):
+    config = MTTConfig(position_embedding_type=kind)
+    assert config == MTTConfig(position_embedding_type=kind)
+    assert config == copy.deepcopy(config)
+    assert config != MTTConfig(position_embedding_type=kind, num_hidden_layers=3)
+    assert config != MTTConfig(position_embedding_type="none")
+
+
+def test_a_window_set_later_is_every_layers():
+    """As in Mistral, whose configuration has no `layer_types`."""
+    config = MTTConfig(num_hidden_layers=2)
+    config.sliding_window = 8
+    config.validate()
+    again = MTTConfig.from_dict(config.to_dict())
+    assert again.layer_types == ["sliding_attention"] * 2

@@ -43,8 +43,19 @@ SHAPES = {
         # More stages than layers: the last stage holds the only layer.
         "gpt-one-layer": {"num_hidden_layers": 1},
         "llama": {},
+        "bloom": {},
+        # The last stage holds no layer of the first one's type.
+        "qwen2": {},
     },
-    "tp_size": {"gpt": {}, "llama": {}, "nemotron": {"num_key_value_heads": 2}},
+    "tp_size": {
+        "gpt": {},
+        "llama": {},
+        "nemotron": {"num_key_value_heads": 2},
+        # Three of the six slopes for each process.
+        "bloom": {},
+        "falcon": {"num_key_value_heads": 2},
+        "qwen2": {},
+    },
 }
 
 

@@ -19,7 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from modeling_mtt import MTTForCausalLM, MTTModel
 
-PRESETS = ["gpt", "llama", "nemotron"]
+PRESETS = ["gpt", "llama", "nemotron", "bloom", "falcon", "qwen2"]
 
 
 def ids(*shape: int) -> torch.Tensor:
@@ -89,7 +89,7 @@ def test_padding_on_the_left_changes_nothing(tiny_model, preset):
         assert together[row, -6:].tolist() == expected[0, -6:].tolist()
 
 
-@pytest.mark.parametrize("preset", ["gpt", "nemotron"])
+@pytest.mark.parametrize("preset", ["gpt", "nemotron", "bloom", "falcon", "qwen2"])
 def test_static_cache_compiles_in_one_graph(tiny_model, preset):
     model = tiny_model(preset)
     input_ids = ids(2, 5)
@@ -111,8 +111,9 @@ def test_static_cache_compiles_in_one_graph(tiny_model, preset):
     assert found.tolist() == expected.tolist()
 
 
-def test_eager_attention_agrees_and_gives_weights(tiny_model):
-    model = tiny_model("nemotron")
+@pytest.mark.parametrize("preset", PRESETS)
+def test_eager_attention_agrees_and_gives_weights(tiny_model, preset):
+    model = tiny_model(preset)
     input_ids, attention_mask = ids(2, 7), torch.ones(2, 7, dtype=torch.long)
     attention_mask[0, :3] = 0
     with torch.no_grad():
@@ -125,42 +126,89 @@ def test_eager_attention_agrees_and_gives_weights(tiny_model):
             output_hidden_states=True,
         )
     close(outputs.logits[:, 3:], expected[:, 3:])
-    assert [tuple(weights.shape) for weights in outputs.attentions] == [(2, 4, 7, 7)] * 3
-    assert [tuple(states.shape) for states in outputs.hidden_states] == [(2, 7, 32)] * 4
+    config = model.config
+    shape = (2, config.num_attention_heads, 7, 7)
+    assert [tuple(weights.shape) for weights in outputs.attentions] == [shape] * 3
+    shape = (2, 7, config.hidden_size)
+    assert [tuple(states.shape) for states in outputs.hidden_states] == [shape] * 4
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("preset", ["bloom", "qwen2"])
+def test_flex_attention_agrees(tiny_model, preset):
+    model = tiny_model(preset, head_dim=16)
+    torch.compiler.reset()
+    input_ids, attention_mask = ids(2, 30), torch.ones(2, 30, dtype=torch.long)
+    attention_mask[0, :3] = 0
+    with torch.no_grad():
+        expected = model(input_ids, attention_mask=attention_mask).logits
+        model.set_attn_implementation("flex_attention")
+        found = model(input_ids, attention_mask=attention_mask).logits
+    close(found[:, 3:], expected[:, 3:])
 
 
 def test_other_attention_functions_get_every_argument(tiny_model):
+    """Of the caller, as the lengths of packed sequences for FlashAttention, and of the layer."""
     seen = []
 
     def probe(module, *tensors, **kwargs):
-        seen.append((module.layer_idx, kwargs.pop("note")))
+        lengths = kwargs.pop("cu_seq_lens_q"), kwargs.pop("cu_seq_lens_k")
+        seen.append((module.layer_idx, kwargs["sliding_window"], *lengths))
         return ALL_ATTENTION_FUNCTIONS["sdpa"](module, *tensors, **kwargs)
 
     AttentionInterface.register("mtt_probe", probe)
     AttentionMaskInterface.register("mtt_probe", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
-    model = tiny_model("llama")
-    input_ids = ids(1, 4)
+    model = tiny_model("qwen2")
+    input_ids, lengths = ids(1, 6), torch.tensor([0, 6])
     with torch.no_grad():
         expected = model(input_ids).logits
         model.set_attn_implementation("mtt_probe")
-        close(model(input_ids, note="here").logits, expected)
-    assert seen == [(0, "here"), (1, "here"), (2, "here")]
+        close(model(input_ids, cu_seq_lens_q=lengths, cu_seq_lens_k=lengths).logits, expected)
+    assert [(layer_idx, window) for layer_idx, window, *_ in seen] == [(0, None), (1, 4), (2, 4)]
+    assert all(found is lengths for _, _, *both in seen for found in both)
 
 
-def test_packed_sequences_do_not_see_each_other(tiny_model):
-    model = tiny_model("gpt")
-    first, second = ids(1, 20), ids(1, 20)
-    positions = torch.arange(20).repeat(2).unsqueeze(0)
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_packed_sequences_do_not_see_each_other(tiny_model, preset, implementation):
+    model = tiny_model(preset)
+    model.set_attn_implementation(implementation)
+    first, second = ids(1, 20), ids(1, 14)
+    positions = torch.cat([torch.arange(20), torch.arange(14)]).unsqueeze(0)
+    both = torch.cat([first, second], 1)
     with torch.no_grad():
-        packed = model(
-            torch.cat([first, second], 1), position_ids=positions, use_cache=False
-        ).logits
+        packed = model(both, position_ids=positions, use_cache=False).logits
         close(packed[:, :20], model(first).logits)
         close(packed[:, 20:], model(second).logits)
 
 
-def test_embeddings_of_the_users_own_get_positions(tiny_model):
-    model = tiny_model("gpt")
+@pytest.mark.parametrize("preset", PRESETS)
+def test_masks_of_four_dimensions(tiny_model, preset):
+    """Two texts with one beginning, in one row: a tree that its mask and positions describe."""
+    model = tiny_model(preset)
+    beginning, first, second = ids(1, 6), ids(1, 3), ids(1, 3)
+    positions = torch.tensor([[0, 1, 2, 3, 4, 5, 6, 7, 8, 6, 7, 8]])
+    seen = torch.ones(12, 12, dtype=torch.bool).tril()
+    seen[9:, 6:9] = False
+    options = {"position_ids": positions, "use_cache": False}
+    with torch.no_grad():
+        if "sliding_attention" in (model.config.layer_types or []):
+            window = positions[0, :, None] - positions[0] < model.config.sliding_window
+            masks = {
+                "full_attention": seen[None, None],
+                "sliding_attention": (seen & window)[None, None],
+            }
+        else:
+            masks = seen[None, None]
+        tree = model(torch.cat([beginning, first, second], 1), attention_mask=masks, **options)
+        close(tree.logits[:, :9], model(torch.cat([beginning, first], 1)).logits)
+        close(tree.logits[:, 9:], model(torch.cat([beginning, second], 1)).logits[:, 6:])
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_embeddings_of_the_users_own_are_finished(tiny_model, preset):
+    model = tiny_model(preset)
     input_ids = ids(2, 6)
     with torch.no_grad():
         embeddings = model.get_input_embeddings()(input_ids)
@@ -201,17 +249,33 @@ def test_positions_beyond_the_table(tiny_model):
         model(ids(1, 33))
     with pytest.raises(ValueError, match=message):
         model(ids(1, 1), position_ids=torch.tensor([[32]]))
-    input_ids = ids(1, 30)
-    for cache in ["dynamic", "static"]:
-        with pytest.raises(ValueError, match=message):
-            model.generate(
-                input_ids,
-                attention_mask=torch.ones_like(input_ids),
-                max_new_tokens=5,
-                cache_implementation=cache,
-            )
 
     tiny_model("llama")(ids(1, 33))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_generation_beyond_the_table_does_not_start(tiny_model, monkeypatch, cache, compiled):
+    model = tiny_model("gpt")
+    input_ids = ids(2, 30)
+    input_ids[0, :10] = 0
+    options = {
+        "attention_mask": (input_ids != 0).long(),
+        "do_sample": False,
+        "cache_implementation": cache,
+    }
+    if compiled:
+        torch.compiler.reset()
+        model.forward = torch.compile(model.forward, backend="eager")
+    # The last token is never looked up.
+    assert model.generate(input_ids, max_new_tokens=3, **options).shape == (2, 33)
+    monkeypatch.setattr(model.model, "embed_tokens", None)
+    message = (
+        r"found 34 positions .* expected at most max_position_embeddings \(32\)\. "
+        r"Lower max_new_tokens by 2"
+    )
+    with pytest.raises(ValueError, match=message):
+        model.generate(input_ids, max_new_tokens=5, **options)
 
 
 def test_positions_are_not_read_in_vain_off_the_cpu(tiny_model, monkeypatch):
@@ -257,14 +321,50 @@ def test_gradient_checkpointing_changes_nothing(tiny_model, preset):
         close(parameter.grad, expected[name])
 
 
-def test_logits_to_keep(tiny_model):
-    model = tiny_model("llama")
+@pytest.mark.parametrize("preset", PRESETS)
+def test_logits_to_keep(tiny_model, preset):
+    model = tiny_model(preset)
     input_ids = ids(2, 6)
     with torch.no_grad():
         every = model(input_ids).logits
         close(model(input_ids, logits_to_keep=2).logits, every[:, -2:])
         chosen = torch.tensor([0, 3])
         close(model(input_ids, logits_to_keep=chosen).logits, every[:, chosen])
+
+
+def test_loss_of_accumulated_batches(tiny_model):
+    """`num_items_in_batch` makes the losses of parts add up to the loss of the whole."""
+    model = tiny_model("gpt")
+    input_ids = ids(3, 8)
+    labels = input_ids.clone()
+    labels[0, 3:] = -100
+    predicted = int((labels[:, 1:] != -100).sum())
+    with torch.no_grad():
+        whole = model(input_ids, labels=labels).loss
+        parts = [
+            model(
+                input_ids[row : row + 1], labels=labels[row : row + 1], num_items_in_batch=predicted
+            )
+            for row in range(3)
+        ]
+    close(sum(part.loss for part in parts), whole)
+
+
+@pytest.mark.parametrize("preset", ["gpt", "llama"])
+def test_vocabulary_is_resized(tiny_model, preset):
+    """And the table of positions keeps its rows."""
+    model = tiny_model(preset)
+    input_ids = ids(2, 6)
+    with torch.no_grad():
+        expected = model(input_ids).logits
+        model.resize_token_embeddings(101, mean_resizing=False)
+        assert model.config.vocab_size == model.lm_head.out_features == 101
+        tied = model.lm_head.weight is model.model.embed_tokens.weight
+        assert tied == model.config.tie_word_embeddings
+        if preset == "gpt":
+            assert model.model.embed_positions.num_embeddings == 32
+        close(model(input_ids).logits[..., :96], expected)
+        assert model(torch.tensor([[100]])).logits.shape == (1, 1, 101)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
