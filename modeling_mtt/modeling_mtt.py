@@ -147,14 +147,6 @@ def build_norm(config: MTTConfig, size: int) -> nn.Module:
     return NORM_CLASSES[config.norm_type, config.zero_centered_norm](size, eps=config.norm_eps)
 
 
-def layer_types(config: MTTConfig) -> list[str]:
-    """What the attention of each layer sees."""
-    if config.layer_types is not None:
-        return config.layer_types
-    same = "full_attention" if config.sliding_window is None else "sliding_attention"
-    return [same] * config.num_hidden_layers
-
-
 def _divide_by_root_mean_square(hidden_states: torch.Tensor, eps: float) -> torch.Tensor:
     hidden_states = hidden_states.float()
     return hidden_states * torch.rsqrt(hidden_states.pow(2).mean(-1, keepdim=True) + eps)
@@ -233,7 +225,7 @@ class MTTAttention(nn.Module):
             self.scaling = self.head_dim**-0.5
         self.attention_dropout = config.attention_dropout
         self.is_causal = True
-        sliding = layer_types(config)[layer_idx] == "sliding_attention"
+        sliding = config.types_of_layers()[layer_idx] == "sliding_attention"
         self.sliding_window = config.sliding_window if sliding else None
 
         query_size = config.num_attention_heads * self.head_dim
@@ -477,7 +469,7 @@ class MTTModel(MTTPreTrainedModel):
         if config.position_embedding_type == "learned":
             self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.embed_norm = build_norm(config, config.hidden_size) if config.embedding_norm else None
-        self.layer_types = layer_types(config)
+        self.layer_types = config.types_of_layers()
         self.layers = nn.ModuleList(
             [MTTDecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)]
         )
