@@ -118,8 +118,11 @@ def cell(mode, *arguments):
 
 
 def load(name):
-    config = DistributedConfig(tp_size=tp_size, pp_size=pp_size)
-    models.append(AutoModelForCausalLM.from_pretrained(folder / name, distributed_config=config))
+    if name == "qwen" and pp_size == 1:
+        options = {"tp_plan": "auto"}
+    else:
+        options = {"distributed_config": DistributedConfig(tp_size=tp_size, pp_size=pp_size)}
+    models.append(AutoModelForCausalLM.from_pretrained(folder / name, **options))
     return True
 
 
