@@ -397,6 +397,7 @@ def _generate(commands: argparse._SubParsersAction[_Parser]) -> None:
         "generate",
         "continue a text with a converted folder or a Megatron checkpoint",
         'mtt generate out --prompt "Once upon a time"',
+        'mtt generate /checkpoints/gpt --tp 8 --prompt "Once upon a time"     on eight GPUs',
         'mtt generate /checkpoints/gpt --tokenizer gpt2-folder --prompt "Once upon a time"',
     )
     parser.add_argument("source", metavar="OUT_OR_CKPT", help="a converted folder or a checkpoint")
@@ -417,6 +418,20 @@ def _generate(commands: argparse._SubParsersAction[_Parser]) -> None:
         default="auto",
         choices=("auto", "float32", "bfloat16", "float16"),
         help="element type to compute in (default: auto, as stored)",
+    )
+    parser.add_argument(
+        *_SIZES[0][:2],
+        type=int,
+        default=1,
+        metavar="N",
+        help="processes that share every layer; started here, on GPUs where there are (default: 1)",
+    )
+    parser.add_argument(
+        *_SIZES[1][:2],
+        type=int,
+        default=1,
+        metavar="N",
+        help="stages that the layers are dealt to (default: 1)",
     )
     parser.add_argument("--tokenizer", metavar="PATH", help="if it is not with the model")
     _add_source_options(parser)

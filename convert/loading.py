@@ -14,6 +14,7 @@ from .errors import MTTError, UsageError
 from .execute import Progress, run
 from .pipeline import open_checkpoint, plan_conversion
 from .plan import PlannedFile, PlannedTensor
+from .sharding import check_layout, compare_together, local_plan, placed
 
 if TYPE_CHECKING:
     import torch
@@ -59,6 +60,8 @@ class TensorSink:
 def from_megatron(
     path: str | os.PathLike[str],
     *,
+    tp_size: int = 1,
+    pp_size: int = 1,
     iteration: int | None = None,
     overrides: Mapping[str, object] | None = None,
     skip_keys: Iterable[str] = (),
@@ -72,8 +75,12 @@ def from_megatron(
 ) -> MTTForCausalLM:
     """Load a Megatron checkpoint as a `MTTForCausalLM` without writing a file.
 
+    With `tp_size` or `pp_size` it is called by every process that torchrun started, reads only
+    what its process holds, and gives what `from_pretrained` with a `DistributedConfig` would.
+
     Args:
         path: see `open_checkpoint`, with `iteration`, `overrides` and `skip_keys`.
+        tp_size, pp_size: processes that share every layer, and stages that layers are dealt to.
         dtype, vocab_padding, tokenizer: see `plan_conversion`.
         replicated: `error` if ranks hold different copies of a parameter, or take the `first`
             rank's and log a warning.
@@ -83,10 +90,12 @@ def from_megatron(
 
     Raises:
         SourceError, UsageError: see `open_checkpoint` and `plan_conversion`.
+        LayoutError: the model cannot be cut into such parts.
         TypeError: a keyword is no field of `MTTConfig`.
     """
     from accelerate import init_empty_weights
     from transformers import GenerationConfig
+    from transformers.distributed import DistributedConfig
 
     from modeling_mtt import MTTConfig, MTTForCausalLM
 
@@ -106,19 +115,32 @@ def from_megatron(
     conversion = plan_conversion(
         checkpoint, dtype=dtype, vocab_padding=vocab_padding, tokenizer=tokenizer
     )
-    for warning in replicas.compare(conversion.plan.replicas, replicated):
-        _LOGGER.warning(warning)
-    sink = TensorSink()
-    run(conversion.plan, sink, num_workers=num_workers, algorithm="none", progress=progress)
     fields = {**conversion.config, **conversion.tokens, "dtype": conversion.dtype, **kwargs}
     config = MTTConfig(**fields)
+    check_layout(config, tp_size, pp_size)
+    distributed = tp_size * pp_size > 1
+    layout = DistributedConfig(tp_size=tp_size, pp_size=pp_size) if distributed else None
+    _, device, mesh = MTTForCausalLM.prepare_distribute_model(layout)
+    compare = compare_together if distributed else replicas.compare
+    for warning in compare(conversion.plan.replicas, replicated):
+        _LOGGER.warning(warning)
     with init_empty_weights(include_buffers=False):
         model = MTTForCausalLM(config)
-    missing, unexpected = model.load_state_dict(sink.tensors, strict=False, assign=True)
+    plan = conversion.plan
+    if distributed:
+        model = MTTForCausalLM.maybe_distribute_model(model, layout, mesh)
+        plan = local_plan(plan, model)
+    sink = TensorSink()
+    run(plan, sink, num_workers=num_workers, algorithm="none", progress=progress)
+    tensors = placed(sink.tensors, model, device) if distributed else sink.tensors
+    missing, unexpected = model.load_state_dict(tensors, strict=False, assign=True)
     tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
     if unexpected or set(missing) - tied:
         raise MTTError(f"the model and the plan disagree: {sorted(missing)} {unexpected}")
-    model.tie_weights()
+    # A pipeline stage that has no head has nothing to tie.
+    model.tie_weights(recompute_mapping=False)
+    if distributed:
+        model.to(device)  # buffers
     model.generation_config = GenerationConfig(**generation_config(conversion.tokens))
     model.eval()
     return model

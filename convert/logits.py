@@ -7,33 +7,46 @@ import zipfile
 import zlib
 from typing import TYPE_CHECKING
 
-from .errors import CorruptError, SourceError
+from .errors import CorruptError, SourceError, UsageError
 from .families import FAMILIES
 from .formats import hf_safetensors
 from .loading import from_megatron
+from .sharding import check_layout
 
 if TYPE_CHECKING:
     import numpy as np
     from transformers import PreTrainedModel
 
 
-def load_model(path: str | os.PathLike[str], dtype: str = "auto") -> PreTrainedModel:
-    """The model of a converted folder, or straight from a Megatron checkpoint, on the CPU.
+def load_model(
+    path: str | os.PathLike[str], dtype: str = "auto", *, tp_size: int = 1, pp_size: int = 1
+) -> PreTrainedModel:
+    """The model of a converted folder, or straight from a Megatron checkpoint.
+
+    It is on the CPU, or on all the processes that call this together.
 
     Raises:
         SourceError: it cannot be loaded.
+        LayoutError: it cannot be cut into such parts.
     """
     path = os.fspath(path)
     if not (os.path.isdir(path) and hf_safetensors.holds_model(path)):
-        return from_megatron(path, dtype=dtype)
-    from transformers import AutoModelForCausalLM
+        return from_megatron(path, dtype=dtype, tp_size=tp_size, pp_size=pp_size)
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.distributed import DistributedConfig
 
-    import modeling_mtt  # noqa: F401 (registers the classes)
+    from modeling_mtt import MTTConfig
 
+    options: dict[str, object] = {"trust_remote_code": False, "local_files_only": True}
+    if tp_size * pp_size > 1:
+        options["distributed_config"] = DistributedConfig(tp_size=tp_size, pp_size=pp_size)
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, trust_remote_code=False, local_files_only=True
-        ).eval()
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+        if isinstance(config, MTTConfig):
+            check_layout(config, tp_size, pp_size)
+        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **options).eval()
+    except UsageError:
+        raise
     except Exception as error:  # a broken config.json may raise anything
         raise SourceError(
             f"{path} cannot be loaded",

@@ -23,6 +23,7 @@ WINDOW_BYTES = 1 << 20
 _TRANSPOSED_WINDOW_BYTES = 32 << 20
 _MAX_OPEN_FILES = 64
 _DENSE = 2
+_LONG_RUN_BYTES = 4096
 Dims = list[tuple[int, int, int]]
 
 
@@ -172,7 +173,9 @@ def _gather(
         return
     useful = prod(size for size, _, _ in dims)
     covered = 1 + sum((size - 1) * step for size, step, _ in dims)
-    if covered <= _DENSE * useful or len(dims) == 1:
+    run = dims[-1][0] * itemsize if dims[-1][1] == dims[-1][2] == 1 else 0
+    dense = covered <= _DENSE * useful and (covered == useful or run < _LONG_RUN_BYTES)
+    if dense or len(dims) == 1:
         if covered > _DENSE * useful and covered * itemsize > _TRANSPOSED_WINDOW_BYTES:
             half = dims[0][0] // 2
             size, step, jump = dims[0]

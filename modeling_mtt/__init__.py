@@ -45,6 +45,24 @@ for _auto_class, _reference in AUTO_MAP.items():
         setattr(sys.modules["transformers"], _model_class.__name__, _model_class)
         _model_class.register_for_auto_class(_auto_class)
 
+
+def register_with_vllm() -> None:
+    """Have vLLM run MTT models with its Transformers modeling backend.
+
+    vLLM calls this in each of its processes: it is an entry point of `vllm.general_plugins`. The
+    auto classes know the models since this package was imported; this names vLLM's class for them,
+    which it would otherwise look for in the weights' own code, with `--trust-remote-code`.
+    """
+    from vllm import ModelRegistry
+
+    for ours, theirs in (
+        ("MTTForCausalLM", "TransformersForCausalLM"),
+        ("MTTForSequenceClassification", "TransformersForSequenceClassification"),
+    ):
+        if ours not in ModelRegistry.get_supported_archs():
+            ModelRegistry.register_model(ours, f"vllm.model_executor.models.transformers:{theirs}")
+
+
 __all__ = [
     "AUTO_MAP",
     "MTTConfig",
@@ -54,4 +72,5 @@ __all__ = [
     "MTTForTokenClassification",
     "MTTModel",
     "MTTPreTrainedModel",
+    "register_with_vllm",
 ]

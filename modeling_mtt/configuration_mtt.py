@@ -243,6 +243,26 @@ class MTTConfig(PreTrainedConfig):
             for each in fields(self)
         )
 
+    # What is stored spells `layer_types` out: vLLM looks up a layer's without asking for `None`.
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields, for `config.json`."""
+        return {**super().to_dict(), "layer_types": self.types_of_layers()}
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Read the fields of a `config.json`."""
+        loaded = super().from_dict(config_dict, **kwargs)
+        config = loaded[0] if isinstance(loaded, tuple) else loaded
+        config.layer_types = config.types_of_layers()
+        return loaded
+
+    def types_of_layers(self) -> list[str]:
+        """Return what the attention of each layer sees, `layer_types` or what follows from it."""
+        if self.layer_types is not None:
+            return self.layer_types
+        same = "full_attention" if self.sliding_window is None else "sliding_attention"
+        return [same] * self.num_hidden_layers
+
     @property
     def logit_scale(self) -> float:
         """What vLLM, which has the head to itself, multiplies logits by."""

@@ -14,6 +14,7 @@
 """PyTorch MTT model."""
 
 from collections.abc import Callable
+from copy import copy
 from typing import Any
 
 import torch
@@ -38,6 +39,15 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_mtt import MTTConfig
+from .parallel_mtt import (
+    check_combination,
+    check_continuous_batching,
+    check_parallel_sizes,
+    cut_stage,
+    gather_stages,
+    parallel_plan,
+    share_random_state,
+)
 from .positions_mtt import (
     MTTRotaryEmbedding,
     alibi_distances,
@@ -137,14 +147,6 @@ def build_norm(config: MTTConfig, size: int) -> nn.Module:
     return NORM_CLASSES[config.norm_type, config.zero_centered_norm](size, eps=config.norm_eps)
 
 
-def layer_types(config: MTTConfig) -> list[str]:
-    """What the attention of each layer sees."""
-    if config.layer_types is not None:
-        return config.layer_types
-    same = "full_attention" if config.sliding_window is None else "sliding_attention"
-    return [same] * config.num_hidden_layers
-
-
 def _divide_by_root_mean_square(hidden_states: torch.Tensor, eps: float) -> torch.Tensor:
     hidden_states = hidden_states.float()
     return hidden_states * torch.rsqrt(hidden_states.pow(2).mean(-1, keepdim=True) + eps)
@@ -223,7 +225,7 @@ class MTTAttention(nn.Module):
             self.scaling = self.head_dim**-0.5
         self.attention_dropout = config.attention_dropout
         self.is_causal = True
-        sliding = layer_types(config)[layer_idx] == "sliding_attention"
+        sliding = config.types_of_layers()[layer_idx] == "sliding_attention"
         self.sliding_window = config.sliding_window if sliding else None
 
         query_size = config.num_attention_heads * self.head_dim
@@ -285,6 +287,14 @@ class MTTAttention(nn.Module):
         )
         attn_output = attn_output.reshape(*input_shape, -1).contiguous()
         return self.o_proj(attn_output), attn_weights
+
+    def count_groups(self) -> int:
+        """Return how many of this process's query heads share one of its key and value heads."""
+        num_queries, num_keys = (
+            (weight.to_local() if hasattr(weight, "to_local") else weight).shape[0]
+            for weight in (self.q_proj.weight, self.k_proj.weight)
+        )
+        return num_queries // num_keys
 
     def _position_bias(self, query_states: torch.Tensor, distances: torch.Tensor) -> torch.Tensor:
         """Return ALiBi's bias `[batch, heads, queries, keys]` for the heads of this process."""
@@ -386,6 +396,67 @@ class MTTPreTrainedModel(PreTrainedModel):
         if isinstance(module, MTTZeroCenteredLayerNorm | MTTZeroCenteredRMSNorm):
             init.zeros_(module.weight)
 
+    @classmethod
+    def prepare_distribute_model(cls, distributed_config: Any, **kwargs: Any) -> tuple:
+        """Start the processes' communication, unless the kinds of parallelism cannot combine."""
+        if distributed_config is not None:
+            check_combination(distributed_config)
+        return super().prepare_distribute_model(distributed_config, **kwargs)
+
+    @classmethod
+    def maybe_distribute_model(
+        cls, model: "MTTPreTrainedModel", distributed_config: Any, mesh: Any
+    ) -> "MTTPreTrainedModel":
+        """Distribute a model that has no weights yet, with our own styles where they are needed."""
+        if mesh is None:
+            return super().maybe_distribute_model(model, distributed_config, mesh)
+        check_parallel_sizes(model.config, distributed_config)
+        given, plan = distributed_config, dict(model._tp_plan)
+        if distributed_config.tp_size > 1:
+            if isinstance(given.tp_plan, dict):
+                plan |= given.tp_plan
+            distributed_config = copy(given)
+            distributed_config.tp_plan = parallel_plan(plan, model.config, given)
+        model = super().maybe_distribute_model(model, distributed_config, mesh)
+        # Caches are sized by the plan, and know the styles of transformers only.
+        model._tp_plan, model.config.distributed_config = plan, given
+        for module in model.modules():
+            if isinstance(module, MTTAttention):
+                module.num_key_value_groups = module.count_groups()
+        return model
+
+    def _resolve_parallel_plans(self, distributed_config: Any) -> tuple[dict, dict, dict]:
+        tp_plan, *others = super()._resolve_parallel_plans(distributed_config)
+        if distributed_config.tp_size > 1 and distributed_config.pp_size > 1:
+            # transformers resolves plans before it drops other stages' modules, which stay named.
+            held = cut_stage(self, self._mesh_manager.get_mesh("pp"))
+            tp_plan = {name: style for name, style in tp_plan.items() if name in held}
+        return tp_plan, *others
+
+    def gather_sharded_state_dict_for_save(
+        self,
+        model_to_save: nn.Module,
+        state_dict: dict[str, Any],
+        distributed_config: Any,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Return what `save_pretrained` writes: whole tensors, of all pipeline stages."""
+        if distributed_config is None:
+            return state_dict
+        stage = getattr(model_to_save, "_pp_stage", None)
+        if stage is not None:
+            # Whichever stage it is, the first one writes what it holds.
+            kwargs["save_on_this_rank"] = True
+        state_dict = super().gather_sharded_state_dict_for_save(
+            model_to_save, state_dict, distributed_config, **kwargs
+        )
+        if stage is not None:
+            state_dict = gather_stages(state_dict, stage)
+        # Gathered one by one, tied weights no longer look tied.
+        if self.config.tie_word_embeddings:
+            state_dict.pop("lm_head.weight", None)
+        return state_dict
+
 
 class MTTModel(MTTPreTrainedModel):
     """The decoder without its head."""
@@ -398,7 +469,7 @@ class MTTModel(MTTPreTrainedModel):
         if config.position_embedding_type == "learned":
             self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.embed_norm = build_norm(config, config.hidden_size) if config.embedding_norm else None
-        self.layer_types = layer_types(config)
+        self.layer_types = config.types_of_layers()
         self.layers = nn.ModuleList(
             [MTTDecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)]
         )
@@ -697,6 +768,11 @@ class MTTForCausalLM(MTTPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
         )
 
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Generate as `GenerationMixin` does, with the same random numbers on every process."""
+        share_random_state(getattr(self, "_device_mesh", None), self.device)
+        return super().generate(*args, **kwargs)
+
     def create_masks_for_generate(
         self,
         config: MTTConfig,
@@ -713,10 +789,11 @@ class MTTForCausalLM(MTTPreTrainedModel, GenerationMixin):
         """Return a manager of continuous batching, which `generate_batch` asks for.
 
         Raises:
-            `ValueError`: the model has ALiBi.
+            `ValueError`: the model has ALiBi, or its layout shares heads or deals layers.
         """
         if self.config.position_embedding_type == "alibi":
             raise ValueError(_NO_CONTINUOUS_BATCHING)
+        check_continuous_batching(self.config, getattr(self.config, "distributed_config", None))
         return super().init_continuous_batching(*args, **kwargs)
 
     def _prepare_cache_for_generation(

@@ -7,7 +7,8 @@ import os
 import sys
 import tempfile
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from ..cli import overrides
 from ..errors import SourceError, UsageError
@@ -18,6 +19,7 @@ from ..logits import load_model, position_limit
 from ..pipeline import open_checkpoint
 from ..tokenizer import Tokenizer, read_tokenizer
 from .console import print_json, print_warnings, progress_bar, quiet_transformers, say
+from .ranks import launch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -27,6 +29,33 @@ def run(args: argparse.Namespace) -> int:
     """Load, generate, print."""
     start = time.monotonic()
     _check(args)
+    num_ranks = args.tp * args.pp
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if num_ranks == 1 or started == num_ranks:
+        answer = continue_text(vars(args))
+    elif started == 1:
+        answer = launch(f"{__name__}:continue_text", vars(args), num_ranks)
+    else:
+        raise UsageError(
+            "torchrun started another number of processes",
+            found=f"{started} processes",
+            expected=f"{num_ranks}, TP{args.tp} x PP{args.pp}",
+            fix="let the sizes agree, or leave torchrun out",
+        )
+    if int(os.environ.get("RANK", "0")):
+        return 0
+    if args.json:
+        body = {"source": args.source, "prompt": args.prompt, **answer}
+        print_json("generate", "ok", start, body)
+    else:
+        say(answer["text"], keep="\n\t")
+        print_warnings(answer["warnings"])
+    return 0
+
+
+def continue_text(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The text and warnings for the options of the command; on one process or on all of them."""
+    args = argparse.Namespace(**options)
     quiet_transformers()
     tokenizer = load_tokenizer(_tokenizer_files(args))
     model = _model(args)
@@ -37,13 +66,7 @@ def run(args: argparse.Namespace) -> int:
         warnings.append(f"the model has positions for {room} tokens after the prompt, not more")
     count = min(args.max_new_tokens, room)
     text = generate(model, tokenizer, args.prompt, count, args.temperature, args.seed)
-    if args.json:
-        body = {"source": args.source, "prompt": args.prompt, "text": text, "warnings": warnings}
-        print_json("generate", "ok", start, body)
-    else:
-        say(text, keep="\n\t")
-        print_warnings(warnings)
-    return 0
+    return {"text": text, "warnings": warnings}
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -53,6 +76,12 @@ def _check(args: argparse.Namespace) -> None:
             "nothing to generate",
             found=f"--max-new-tokens {args.max_new_tokens}, --temperature {args.temperature}",
             expected="at least one token and a temperature of 0 or more",
+        )
+    if args.tp < 1 or args.pp < 1:
+        raise UsageError(
+            "no processes",
+            found=f"--tp {args.tp} --pp {args.pp}",
+            expected="sizes of at least 1",
         )
     if not -(2**63) <= args.seed < 2**63:
         raise UsageError("--seed is too large", found=str(args.seed), expected="64 bits")
@@ -103,7 +132,7 @@ def generate(
 
     _ids(model, tokenizer, prompt)
     torch.manual_seed(seed)
-    inputs = tokenizer(prompt, return_tensors="pt")
+    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {}
     with torch.no_grad():
         output = model.generate(
@@ -196,10 +225,12 @@ def _is_converted(path: str) -> bool:
 
 def _model(args: argparse.Namespace) -> PreTrainedModel:
     if _is_converted(args.source):
-        return load_model(args.source, args.dtype)
+        return load_model(args.source, args.dtype, tp_size=args.tp, pp_size=args.pp)
     with progress_bar("loading") as progress:
         return from_megatron(
             args.source,
+            tp_size=args.tp,
+            pp_size=args.pp,
             iteration=args.iteration,
             overrides=overrides(args),
             skip_keys=args.skip_key,

@@ -171,7 +171,7 @@ def test_configurations_of_before_keep_their_meaning(tiny_config, tmp_path):
     later = {
         "rope_interleave": False,
         "sliding_window": None,
-        "layer_types": None,
+        "layer_types": ["full_attention"] * 3,
         "use_parallel_residual": False,
         "shared_layernorm": False,
         "apply_residual_connection_post_layernorm": False,

@@ -9,7 +9,7 @@ import torch
 
 from modeling_mtt import AUTO_MAP
 
-CODE = ["configuration_mtt.py", "modeling_mtt.py", "positions_mtt.py"]
+CODE = ["configuration_mtt.py", "modeling_mtt.py", "parallel_mtt.py", "positions_mtt.py"]
 
 SCRIPT = """
 import sys

@@ -1,0 +1,112 @@
+"""Several processes compute what one does, or say beforehand why they will not."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers.distributed import DistributedConfig
+
+from modeling_mtt import MTTForCausalLM
+
+COMBINES = hasattr(DistributedConfig, "dp_size")  # transformers 5.23
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gpt": ("gpt", {}),
+    "llama": ("llama", {}),
+    "qwen": ("llama", {"attention_bias": True, "tie_word_embeddings": True}),
+    "mqa": ("nemotron", {}),
+    "alibi": ("gpt", {"position_embedding_type": "alibi", "embedding_norm": True}),
+}
+NO_PAGED_BIAS = "refused: ALiBi does not run with continuous batching"
+NO_PAGED_HEADS = (
+    "refused: generate_batch() gives every process key and value heads of its own, in all layers: "
+    "found tp_size {tp}, pp_size {pp} and {heads} heads. Sizes that work: tp_size {sizes} with "
+    "pp_size 1."
+)
+HEADS = {"gpt": 4, "llama": 2, "qwen": 2, "mqa": 1}
+LAYOUTS = {"tp 2": (2, 1), "tp 4": (4, 1), "pp 2": (1, 2), "tp 2 x pp 2": (2, 2)}
+
+
+def build(tiny_model, folder: Path) -> None:
+    """Save the models and what one process computes with them."""
+    ids = torch.randint(1, 95, (2, 7))
+    ids[1, :3] = 0
+    options = {"attention_mask": (ids != 0).long(), "max_new_tokens": 6}
+    for name, (preset, fields) in MODELS.items():
+        model = tiny_model(preset, vocab_size=95, **fields)
+        with torch.no_grad():
+            logits = model(ids, attention_mask=options["attention_mask"]).logits
+        greedy = model.generate(ids, do_sample=False, **options)
+        torch.manual_seed(1234)
+        sampling = model.generate(ids, do_sample=True, **options)
+        model.save_pretrained(folder / name)
+        expected = {"ids": ids, "logits": logits, "greedy": greedy, "sampling": sampling}
+        torch.save(expected, folder / name / "expected.pt")
+
+
+def run_cells(root: Path, folder: Path, tp_size: int, pp_size: int) -> dict[str, dict[str, str]]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(tp_size * pp_size)]
+    script = Path(__file__).with_name("parallel_cells.py")
+    result = subprocess.run(
+        [*command, str(script), str(root), str(folder), str(tp_size), str(pp_size), *MODELS],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert result.returncode == 0, f"{result.stdout}\n{result.stderr}"
+    cells: dict[str, dict[str, str]] = json.loads((folder / "cells.json").read_text())
+    return cells
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layout(tiny_model, tmp_path, pytestconfig, layout):
+    build(tiny_model, tmp_path)
+    cells = run_cells(pytestconfig.rootpath, tmp_path, *LAYOUTS[layout])
+    if not COMBINES and min(LAYOUTS[layout]) > 1:
+        for name in MODELS:
+            for cell in cells[name].values():
+                assert cell.startswith("refused: This version of transformers has one kind"), cell
+        return
+    print(f"\n{layout:15} " + " ".join(f"{name:8}" for name in MODELS))
+    for mode in cells["gpt"]:
+        row = [cells[name][mode].partition(":")[0] for name in MODELS]
+        print(f"{mode:15} " + " ".join(f"{word:8}" for word in row))
+    for name in MODELS:
+        for mode, cell in cells[name].items():
+            assert cell.startswith(expected_cell(name, mode, *LAYOUTS[layout])), (name, mode, cell)
+
+
+def expected_cell(name: str, mode: str, tp_size: int, pp_size: int) -> str:
+    if mode != "generate_batch":
+        return "exact"
+    if name == "alibi":
+        return NO_PAGED_BIAS
+    heads = HEADS[name]
+    if tp_size <= heads and pp_size == 1:
+        return "exact"
+    sizes = ", ".join(str(size) for size in (1, 2, 4) if size <= heads)
+    return NO_PAGED_HEADS.format(tp=tp_size, pp=pp_size, heads=heads, sizes=sizes)
+
+
+@pytest.mark.parametrize(
+    ("preset", "sizes", "found"),
+    [
+        ("gpt", {"tp_size": 3}, "4 query heads.*Sizes that work: 1, 2, 4"),
+        ("llama", {"tp_size": 8}, "4 query heads, 2 key.*Sizes that work: 1, 2, 4"),
+    ],
+)
+def test_sizes_are_checked_before_weights_are_read(tiny_config, preset, sizes, found):
+    config = tiny_config(preset)
+    with torch.device("meta"):
+        model = MTTForCausalLM(config)
+    with pytest.raises(ValueError, match=found):
+        MTTForCausalLM.maybe_distribute_model(model, DistributedConfig(**sizes), object())
