@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import resource
 import sys
@@ -45,11 +46,16 @@ def _no_bars() -> bool:
 
 
 def quiet_transformers() -> None:
-    """Keep bars of transformers out of logs, and away from who wants none."""
-    if _no_bars() or not sys.stderr.isatty():
-        from transformers.utils import logging
+    """Keep bars of transformers out of logs, and away from who wants none.
 
-        logging.disable_progress_bar()
+    And what torchao says when transformers imports it: of GPUs' kernels that a CPU has no use for.
+    """
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    if _no_bars() or not sys.stderr.isatty():
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
 
 
 class _Lines:

@@ -367,7 +367,7 @@ class LayerWindows:
         types = ["sliding_attention" if flag else "full_attention" for flag in flags]
         size = window[0] + 1 if window is not None and any(flags) else None
         if not self.switched:
-            return {"sliding_window": size, "layer_types": types if any(flags) else None}
+            return {"sliding_window": size, "layer_types": types}
         first = flags.index(True) if True in flags else len(flags)
         return {
             "use_sliding_window": any(flags),

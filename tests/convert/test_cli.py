@@ -141,9 +141,13 @@ def test_set_and_config_complete_a_checkpoint(
     assert run_json(capsys, *words)[1]["architecture"]["vocab_size"] == 497
 
 
-def test_demo_ends_well(capsys: pytest.CaptureFixture) -> None:
-    assert main(["demo"]) == 0
-    assert "12 of 12 texts" in capsys.readouterr().out
+def test_demo_ends_well() -> None:
+    """And nothing that it imports has a word to say, here or in the processes it starts."""
+    command = [sys.executable, "-m", "mtt_convert", "demo"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "12 of 12 texts" in result.stdout
+    assert "Two processes, each with half of every layer: the same text." in result.stdout
 
 
 def test_demo_replaces_its_folder_only_when_told(
