@@ -22,8 +22,10 @@ from .tensors import LazyTensor, Piece
 WINDOW_BYTES = 1 << 20
 _TRANSPOSED_WINDOW_BYTES = 32 << 20
 _MAX_OPEN_FILES = 64
+# What lies between the wanted bytes is read too where that is less work: if it is no more than
+# they are, and comes in more pieces than this.
 _DENSE = 2
-_LONG_RUN_BYTES = 4096
+_FEW_RUNS = 1024
 Dims = list[tuple[int, int, int]]
 
 
@@ -173,8 +175,8 @@ def _gather(
         return
     useful = prod(size for size, _, _ in dims)
     covered = 1 + sum((size - 1) * step for size, step, _ in dims)
-    run = dims[-1][0] * itemsize if dims[-1][1] == dims[-1][2] == 1 else 0
-    dense = covered <= _DENSE * useful and (covered == useful or run < _LONG_RUN_BYTES)
+    num_runs = useful // dims[-1][0] if dims[-1][1] == dims[-1][2] == 1 else useful
+    dense = covered <= _DENSE * useful and (covered == useful or num_runs > _FEW_RUNS)
     if dense or len(dims) == 1:
         if covered > _DENSE * useful and covered * itemsize > _TRANSPOSED_WINDOW_BYTES:
             half = dims[0][0] // 2

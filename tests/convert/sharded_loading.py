@@ -24,7 +24,6 @@ from transformers.utils import logging
 
 import modeling_mtt  # noqa: F401
 import mtt_convert
-from mtt_convert import execute
 from mtt_convert.reading import FileReader
 
 warnings.simplefilter("ignore")
@@ -35,14 +34,16 @@ tp_size, pp_size = int(sys.argv[1]), int(sys.argv[2])
 num_bytes = 0
 
 
-class CountingReader(FileReader):
-    def __exit__(self, *error: object) -> None:
-        global num_bytes
-        num_bytes += self.num_bytes
-        super().__exit__(*error)
+read_into = FileReader.read_into
 
 
-execute.FileReader = CountingReader
+def count_and_read(reader: FileReader, path: str, offset: int, out: memoryview) -> None:
+    global num_bytes
+    num_bytes += len(out)
+    read_into(reader, path, offset, out)
+
+
+FileReader.read_into = count_and_read
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
@@ -59,6 +60,7 @@ facts = {}
 for checkpoint, folder in zip(sys.argv[4::2], sys.argv[5::2], strict=True):
     num_bytes = 0
     found = mtt_convert.from_megatron(checkpoint, tp_size=tp_size, pp_size=pp_size)
+    num_read = num_bytes
     config = DistributedConfig(tp_size=tp_size, pp_size=pp_size)
     wanted = AutoModelForCausalLM.from_pretrained(folder, distributed_config=config)
     assert type(found) is type(wanted)
@@ -72,8 +74,10 @@ for checkpoint, folder in zip(sys.argv[4::2], sys.argv[5::2], strict=True):
     options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 5, "pad_token_id": 0}
     texts = [model.generate(ids, do_sample=False, **options) for model in (found, wanted)]
     assert torch.equal(*texts)
+    replicas = mtt_convert.open_checkpoint(checkpoint).replicas
+    replicated = sum(group.tensors[0].num_bytes for group in replicas)
     everywhere = [None] * dist.get_world_size()
-    dist.all_gather_object(everywhere, (num_bytes, share(found)))
+    dist.all_gather_object(everywhere, (num_read, share(found) + replicated))
     facts[checkpoint] = {"ranks": everywhere, "text": texts[0].tolist()}
 if dist.get_rank() == 0:
     Path(sys.argv[3]).write_text(json.dumps(facts))
