@@ -68,7 +68,7 @@ def run_cells(root: Path, folder: Path, tp_size: int, pp_size: int) -> dict[str,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layout(tiny_model, tmp_path, pytestconfig, layout):
+def test_layout(tiny_model, tmp_path, pytestconfig, record_property, layout):
     build(tiny_model, tmp_path)
     cells = run_cells(pytestconfig.rootpath, tmp_path, *LAYOUTS[layout])
     if not COMBINES and min(LAYOUTS[layout]) > 1:
@@ -76,10 +76,11 @@ def test_layout(tiny_model, tmp_path, pytestconfig, layout):
             for cell in cells[name].values():
                 assert cell.startswith("refused: This version of transformers has one kind"), cell
         return
-    print(f"\n{layout:15} " + " ".join(f"{name:8}" for name in MODELS))
+    lines = [f"{layout:15} " + " ".join(f"{name:8}" for name in MODELS)]
     for mode in cells["gpt"]:
         row = [cells[name][mode].partition(":")[0] for name in MODELS]
-        print(f"{mode:15} " + " ".join(f"{word:8}" for word in row))
+        lines.append(f"{mode:15} " + " ".join(f"{word:8}" for word in row))
+    record_property("summary", "\n".join(line.rstrip() for line in lines))
     for name in MODELS:
         for mode, cell in cells[name].items():
             assert cell.startswith(expected_cell(name, mode, *LAYOUTS[layout])), (name, mode, cell)

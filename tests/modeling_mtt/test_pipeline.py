@@ -1,4 +1,4 @@
-"""Pipelines, and weights that Accelerate spreads over a machine's memories."""
+"""Pipelines of transformers with the written folder."""
 
 from __future__ import annotations
 
@@ -6,14 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 import mtt_convert
 
 ROOT = Path(__file__).resolve().parents[2]
 SAMPLE = ROOT / "convert" / "sample"
-SHAPES = ("gpt", "llama", "nemotron")
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 
 
@@ -71,23 +69,3 @@ def test_classification_pipelines(folder, tmp_path):
         results = classifier(sample_texts()[0]["prompt"])
         assert results
         assert all(key in result for result in results)
-
-
-@pytest.mark.parametrize("preset", SHAPES)
-@pytest.mark.parametrize("place", ["memory", "disk"])
-def test_device_map(tiny_model, tmp_path, preset, place):
-    model = tiny_model(preset)
-    model.save_pretrained(tmp_path, max_shard_size="20KB")
-    options = {}
-    if place == "disk":  # room for a layer at a time
-        options = {"max_memory": {"cpu": 40_000}, "offload_folder": tmp_path / "offload"}
-    spread = AutoModelForCausalLM.from_pretrained(tmp_path, device_map="auto", **options)
-    if place == "disk":
-        assert "disk" in spread.hf_device_map.values()
-        assert spread.model.layers[0].mlp.up_proj.weight.device.type == "meta"
-    input_ids = torch.randint(1, 96, (2, 7))
-    with torch.no_grad():
-        torch.testing.assert_close(spread(input_ids).logits, model(input_ids).logits)
-    options = {"attention_mask": torch.ones_like(input_ids), "max_new_tokens": 4}
-    found = spread.generate(input_ids, do_sample=False, **options)
-    assert found.tolist() == model.generate(input_ids, do_sample=False, **options).tolist()
