@@ -98,7 +98,7 @@ def modeling_files(family: Family) -> dict[str, bytes]:
     folder = spec.submodule_search_locations[0]
     files = {}
     for name in sorted(os.listdir(folder)):
-        if name.endswith(".py") and name != "__init__.py":
+        if name.endswith(".py") and not name.startswith("__"):
             with open(os.path.join(folder, name), "rb") as file:
                 files[name] = file.read()
     return files

@@ -251,7 +251,12 @@ class MTTConfig(PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Read the fields of a `config.json`."""
-        loaded = super().from_dict(config_dict, **kwargs)
+        stored = dict(config_dict)
+        same = "full_attention" if stored.get("sliding_window") is None else "sliding_attention"
+        if set(stored.get("layer_types") or ()) == {same}:
+            # What follows from the other fields follows them when they are replaced.
+            del stored["layer_types"]
+        loaded = super().from_dict(stored, **kwargs)
         config = loaded[0] if isinstance(loaded, tuple) else loaded
         config.layer_types = config.types_of_layers()
         return loaded

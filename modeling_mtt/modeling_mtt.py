@@ -562,7 +562,9 @@ class MTTModel(MTTPreTrainedModel):
         if "distances" in masks:
             kwargs["distances"] = masks["distances"]
 
-        for layer_type, decoder_layer in zip(self.layer_types, self.layers, strict=False):
+        # A configuration may name fewer layers than there are: assistants that leave early do.
+        layers = self.layers[: self.config.num_hidden_layers]
+        for layer_type, decoder_layer in zip(self.layer_types, layers, strict=False):
             hidden_states = decoder_layer(
                 hidden_states,
                 # A stage has masks for the layers it holds.
@@ -810,8 +812,16 @@ class MTTForCausalLM(MTTPreTrainedModel, GenerationMixin):
         `max_cache_length` does not count it.
         """
         mask = model_kwargs.get("attention_mask")
-        if self.config.position_embedding_type == "learned" and mask is not None and mask.ndim == 2:
-            positions = max_cache_length - int((mask == 0).sum(-1).min())
+        compiles = (
+            generation_config.cache_implementation == "static"
+            or generation_config.compile_config is not None
+            or hasattr(self.forward, "_torchdynamo_orig_callable")
+        )
+        # `generate` drops a mask of ones. What is not compiled may end before the table does.
+        checks = compiles if mask is None else mask.ndim == 2
+        if self.config.position_embedding_type == "learned" and checks:
+            padding = 0 if mask is None else int((mask == 0).sum(-1).min())
+            positions = max_cache_length - padding
             table_size = self.config.max_position_embeddings
             if positions > table_size:
                 raise ValueError(

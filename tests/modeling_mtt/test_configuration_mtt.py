@@ -234,3 +234,13 @@ def test_a_window_set_later_is_every_layers():
     config.validate()
     again = MTTConfig.from_dict(config.to_dict())
     assert again.layer_types == ["sliding_attention"] * 2
+
+
+def test_fields_replaced_on_loading_change_the_layers(tmp_path):
+    """What is stored spells the layers out, and follows the fields they followed from."""
+    MTTConfig(num_hidden_layers=2).save_pretrained(tmp_path)
+    window = MTTConfig.from_pretrained(tmp_path, sliding_window=8)
+    assert window.layer_types == ["sliding_attention"] * 2
+    window.validate()
+    more = MTTConfig.from_pretrained(tmp_path, num_hidden_layers=3)
+    assert more.layer_types == ["full_attention"] * 3

@@ -107,6 +107,7 @@ def test_assisted_and_prompt_lookup_decoding(tiny_model, preset):
     expected = model.generate(**batch, **GREEDY).tolist()
     assert model.generate(**batch, **GREEDY, assistant_model=draft).tolist() == expected
     assert model.generate(**batch, **GREEDY, prompt_lookup_num_tokens=4).tolist() == expected
+    assert model.generate(**batch, **GREEDY, assistant_early_exit=1).tolist() == expected
 
 
 @pytest.mark.parametrize("preset", SHAPES)

@@ -253,6 +253,15 @@ def test_positions_beyond_the_table(tiny_model):
     tiny_model("llama")(ids(1, 33))
 
 
+def test_compiled_generation_beyond_the_table_does_not_start_without_padding(tiny_model):
+    """`generate` then passes no mask to the model."""
+    torch.compiler.reset()
+    model = tiny_model("gpt")
+    model.forward = torch.compile(model.forward, backend="eager")
+    with pytest.raises(ValueError, match=r"found 34 positions .* \(32\)"):
+        model.generate(ids(2, 30), max_new_tokens=5, do_sample=False)
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 def test_generation_beyond_the_table_does_not_start(tiny_model, monkeypatch, cache, compiled):

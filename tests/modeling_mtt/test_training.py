@@ -108,6 +108,20 @@ def test_num_items_in_batch_replaces_the_mean(tiny_model):
     torch.testing.assert_close(total, mean * 11 / 22)
 
 
+def test_label_smoothing_predicts_the_next_token(tiny_model, tmp_path):
+    """Trainer shifts the labels of classes it knows for causal language models."""
+    model = tiny_model("llama")
+    input_ids = torch.randint(1, 96, (2, 8))
+    trainer = Trainer(model=model, args=arguments(tmp_path, label_smoothing_factor=0.1))
+    with torch.no_grad():
+        found = trainer.compute_loss(model, {"input_ids": input_ids, "labels": input_ids})
+        logits = model(input_ids).logits[:, :-1].flatten(0, 1)
+    expected = torch.nn.functional.cross_entropy(
+        logits, input_ids[:, 1:].flatten(), label_smoothing=0.1
+    )
+    torch.testing.assert_close(found, expected)
+
+
 def lora(target_modules: str | list[str]) -> LoraConfig:
     return LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=16, target_modules=target_modules)
 

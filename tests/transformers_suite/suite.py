@@ -23,7 +23,6 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.models.auto import modeling_auto
 
 from modeling_mtt import (
     MTTConfig,
@@ -34,16 +33,6 @@ from modeling_mtt import (
     MTTModel,
 )
 from tests import test_fsdp_mixin, test_tensor_parallel_mixin
-
-# What a test does with a class follows from the table that names it; without one it is left out.
-for _table, _name in {
-    "MODEL": "MTTModel",
-    "MODEL_FOR_CAUSAL_LM": "MTTForCausalLM",
-    "MODEL_FOR_QUESTION_ANSWERING": "MTTForQuestionAnswering",
-    "MODEL_FOR_SEQUENCE_CLASSIFICATION": "MTTForSequenceClassification",
-    "MODEL_FOR_TOKEN_CLASSIFICATION": "MTTForTokenClassification",
-}.items():
-    getattr(modeling_auto, f"{_table}_MAPPING_NAMES")["mtt"] = _name
 
 # The processes of these tests are for the few model types named here; `None` is for all.
 test_fsdp_mixin.FSDP_DISTRIBUTED_TEST_MODEL_TYPES = None
