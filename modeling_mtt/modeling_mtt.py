@@ -791,12 +791,41 @@ class MTTForCausalLM(MTTPreTrainedModel, GenerationMixin):
         """Return a manager of continuous batching, which `generate_batch` asks for.
 
         Raises:
-            `ValueError`: the model has ALiBi, or its layout shares heads or deals layers.
+            `ValueError`: the model has ALiBi, or its layout shares heads or deals layers; and, by
+                the manager, a prompt is longer than a table of learned positions.
         """
         if self.config.position_embedding_type == "alibi":
             raise ValueError(_NO_CONTINUOUS_BATCHING)
         check_continuous_batching(self.config, getattr(self.config, "distributed_config", None))
-        return super().init_continuous_batching(*args, **kwargs)
+        manager = super().init_continuous_batching(*args, **kwargs)
+        if self.config.position_embedding_type == "learned":
+            self._keep_requests_within_table(manager)
+        return manager
+
+    def _keep_requests_within_table(self, manager: Any) -> None:
+        """End texts where the table ends: an error later would end those of all requests."""
+        table_size, add_request = self.config.max_position_embeddings, manager.add_request
+
+        def add(
+            input_ids: list[int],
+            request_id: str | None = None,
+            max_new_tokens: int | None = None,
+            **options: Any,
+        ) -> str | None:
+            room = table_size - len(input_ids) + 1
+            if room < 1:
+                raise ValueError(
+                    f"The prompt does not fit the table of learned positions: found "
+                    f"{len(input_ids)} tokens, expected at most max_position_embeddings "
+                    f"({table_size}). Shorten the prompt."
+                )
+            if max_new_tokens is None:
+                max_new_tokens = manager.generation_config.max_new_tokens
+            if max_new_tokens is None or max_new_tokens > room:
+                max_new_tokens = room
+            return add_request(input_ids, request_id, max_new_tokens, **options)
+
+        manager.add_request = add
 
     def _prepare_cache_for_generation(
         self,

@@ -232,6 +232,29 @@ def test_continuous_batching(tiny_model, preset, implementation):
         assert found[tuple(ids)] == tokens.tolist()
 
 
+@pytest.mark.slow
+def test_continuous_batching_ends_texts_where_the_table_ends(tiny_model):
+    """And those of other requests go on; the server keeps answering."""
+    model = tiny_model("gpt", max_position_embeddings=16)
+    requests = [torch.randint(1, 96, (length,)).tolist() for length in (14, 3)]
+    options = {"do_sample": False, "eos_token_id": -1, "pad_token_id": 0}
+    paged = {
+        "generation_config": GenerationConfig(max_new_tokens=8, **options),
+        "continuous_batching_config": ContinuousBatchingConfig(
+            num_blocks=32, block_size=4, max_batch_tokens=16, use_cuda_graph=False
+        ),
+    }
+    results = model.generate_batch(requests, progress_bar=False, **paged).values()
+    found = {len(result.prompt_ids): result.generated_tokens for result in results}
+    for ids, count in zip(requests, (3, 8), strict=True):
+        text = model.generate(torch.tensor([ids]), max_new_tokens=count, **options)
+        assert found[len(ids)] == text[0, len(ids) :].tolist()
+
+    manager = model.init_continuous_batching(**paged)
+    with pytest.raises(ValueError, match=r"found 17 tokens, expected at most .*\(16\)"):
+        manager.add_request([1] * 17)
+
+
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 def test_positions_beyond_a_learned_table(tiny_model, cache):
     model = tiny_model("gpt", max_position_embeddings=10)
