@@ -499,6 +499,32 @@ ORACLES: tuple[Oracle, ...] = (
         },
         "GraniteForCausalLM",
     ),
+    Oracle(
+        "position_embedding_type none",
+        "SmolLM3ForCausalLM",
+        {"num_key_value_heads": 2, "no_rope_layers": [0, 0, 0], "tie_word_embeddings": False},
+        {
+            **LLAMA,
+            "norm_eps": 1e-6,
+            "num_key_value_heads": 2,
+            "position_embedding_type": "none",
+        },
+    ),
+    Oracle(
+        "zero_centered_norm, rmsnorm, embedding_multiplier",
+        "GemmaForCausalLM",
+        {"num_key_value_heads": 2, "head_dim": 12, "hidden_act": "gelu_pytorch_tanh"},
+        {
+            **LLAMA,
+            "norm_eps": 1e-6,
+            "num_key_value_heads": 2,
+            "head_dim": 12,
+            "hidden_act": "gelu_pytorch_tanh",
+            "zero_centered_norm": True,
+            "embedding_multiplier": 32**0.5,
+            "tie_word_embeddings": True,
+        },
+    ),
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import typing
 from typing import Any
 
 import pytest
@@ -63,6 +64,11 @@ def test_every_option_has_an_oracle():
     }
     fields = set(MTTConfig.__annotations__)
     assert fields - proven == no_matter_of_logits
+
+    for name in ("hidden_act", "norm_type", "position_embedding_type"):
+        default = getattr(MTTConfig, name)
+        used = {oracle.options.get(name, default) for oracle in ORACLES}
+        assert used >= set(typing.get_args(MTTConfig.__annotations__[name])), name
 
 
 def test_the_table_has_these_oracles():
