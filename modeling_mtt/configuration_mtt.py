@@ -251,12 +251,12 @@ class MTTConfig(PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Read the fields of a `config.json`."""
-        stored = dict(config_dict)
-        same = "full_attention" if stored.get("sliding_window") is None else "sliding_attention"
-        if set(stored.get("layer_types") or ()) == {same}:
+        num_layers = config_dict.get("num_hidden_layers", cls.num_hidden_layers)
+        implied = _same_layers(num_layers, config_dict.get("sliding_window"))
+        if config_dict.get("layer_types") == implied:
             # What follows from the other fields follows them when they are replaced.
-            del stored["layer_types"]
-        loaded = super().from_dict(stored, **kwargs)
+            config_dict = {**config_dict, "layer_types": None}
+        loaded = super().from_dict(config_dict, **kwargs)
         config = loaded[0] if isinstance(loaded, tuple) else loaded
         config.layer_types = config.types_of_layers()
         return loaded
@@ -265,8 +265,7 @@ class MTTConfig(PreTrainedConfig):
         """Return what the attention of each layer sees, `layer_types` or what follows from it."""
         if self.layer_types is not None:
             return self.layer_types
-        same = "full_attention" if self.sliding_window is None else "sliding_attention"
-        return [same] * self.num_hidden_layers
+        return _same_layers(self.num_hidden_layers, self.sliding_window)
 
     @property
     def logit_scale(self) -> float:
@@ -399,6 +398,10 @@ def _without(absent: set[str], plan: dict[str, Any]) -> dict[str, Any]:
 
 def _divides(divisor: int | None, number: int) -> bool:
     return divisor is not None and divisor > 0 and number % divisor == 0
+
+
+def _same_layers(num_layers: int, sliding_window: int | None) -> list[str]:
+    return ["full_attention" if sliding_window is None else "sliding_attention"] * num_layers
 
 
 __all__ = ["AUTO_MAP", "MTTConfig"]

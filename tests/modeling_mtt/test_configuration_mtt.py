@@ -244,3 +244,10 @@ def test_fields_replaced_on_loading_change_the_layers(tmp_path):
     window.validate()
     more = MTTConfig.from_pretrained(tmp_path, num_hidden_layers=3)
     assert more.layer_types == ["full_attention"] * 3
+
+
+def test_stored_layers_must_be_as_many_as_there_are(tmp_path):
+    """All alike or not."""
+    fields = {**MTTConfig(num_hidden_layers=2).to_dict(), "layer_types": ["full_attention"] * 3}
+    with pytest.raises(StrictDataclassError, match="layer_types has 3 entries"):
+        MTTConfig.from_dict(fields)
