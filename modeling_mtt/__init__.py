@@ -22,7 +22,6 @@ weights, so that what was saved loads with `trust_remote_code=True` where this p
 import sys
 
 import transformers
-from transformers.models.auto import modeling_auto
 
 from . import modeling_mtt
 from .configuration_mtt import AUTO_MAP, MTTConfig
@@ -35,14 +34,6 @@ from .modeling_mtt import (
     MTTPreTrainedModel,
 )
 
-_NAMES = {
-    "AutoModel": "MODEL_MAPPING_NAMES",
-    "AutoModelForCausalLM": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
-    "AutoModelForQuestionAnswering": "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES",
-    "AutoModelForSequenceClassification": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
-    "AutoModelForTokenClassification": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES",
-}
-
 transformers.AutoConfig.register(MTTConfig.model_type, MTTConfig, exist_ok=True)
 MTTConfig.register_for_auto_class("AutoConfig")
 for _auto_class, _reference in AUTO_MAP.items():
@@ -52,9 +43,6 @@ for _auto_class, _reference in AUTO_MAP.items():
         # `transformers serve` takes the class that a configuration names from transformers, which
         # may have executed itself anew since it was imported above.
         setattr(sys.modules["transformers"], _model_class.__name__, _model_class)
-        # Trainer, among others, tells by the names in these tables what a class computes.
-        _table = getattr(modeling_auto, _NAMES[_auto_class])
-        _table[MTTConfig.model_type] = _model_class.__name__
         _model_class.register_for_auto_class(_auto_class)
 
 

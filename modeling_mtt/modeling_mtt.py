@@ -33,6 +33,7 @@ from transformers.modeling_layers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.models.auto import modeling_auto
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, is_tracing
 from transformers.utils.generic import merge_with_config_defaults
@@ -563,8 +564,8 @@ class MTTModel(MTTPreTrainedModel):
             kwargs["distances"] = masks["distances"]
 
         # A configuration may name fewer layers than there are: assistants that leave early do.
-        layers = self.layers[: self.config.num_hidden_layers]
-        for layer_type, decoder_layer in zip(self.layer_types, layers, strict=False):
+        layer_types = self.layer_types[: self.config.num_hidden_layers]
+        for layer_type, decoder_layer in zip(layer_types, self.layers, strict=False):
             hidden_states = decoder_layer(
                 hidden_states,
                 # A stage has masks for the layers it holds.
@@ -903,6 +904,17 @@ class MTTForQuestionAnswering(GenericForQuestionAnswering, MTTPreTrainedModel):
 
         self.post_init()
 
+
+# Trainer, among others, tells by the names in these tables what a class computes: whether to shift
+# labels. They know no other way, whether a class came with the weights or was registered.
+for _table, _class in (
+    (modeling_auto.MODEL_MAPPING_NAMES, MTTModel),
+    (modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MTTForCausalLM),
+    (modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES, MTTForQuestionAnswering),
+    (modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES, MTTForSequenceClassification),
+    (modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES, MTTForTokenClassification),
+):
+    _table[MTTConfig.model_type] = _class.__name__
 
 __all__ = [
     "MTTForCausalLM",

@@ -20,6 +20,7 @@ sys.modules["modeling_mtt"] = None
 
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 saved, again = sys.argv[1:]
 config = AutoConfig.from_pretrained(saved, trust_remote_code=True)
@@ -30,6 +31,8 @@ input_ids = torch.tensor([[3, 1, 4, 1, 5]])
 expected = torch.load(Path(saved) / "expected.pt")
 model = AutoModelForCausalLM.from_pretrained(saved, trust_remote_code=True)
 base = AutoModel.from_pretrained(saved, trust_remote_code=True)
+# What Trainer asks, to know whether to shift labels.
+assert "MTTForCausalLM" in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
 with torch.no_grad():
     torch.testing.assert_close(model(input_ids).logits, expected["logits"])
     states = base(input_ids).last_hidden_state
