@@ -74,12 +74,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Show what tests recorded to be seen also when they pass."""
-    for reports in terminalreporter.stats.values():
-        for report in reports:
-            if getattr(report, "when", None) == "call":
-                for text in (value for name, value in report.user_properties if name == "summary"):
-                    terminalreporter.section(report.nodeid)
-                    terminalreporter.write_line(str(text))
+    for report in terminalreporter.getreports("passed"):
+        if text := dict(report.user_properties).get("summary"):
+            terminalreporter.section(report.nodeid)
+            terminalreporter.write_line(str(text))
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -11,9 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from transformers import AutoTokenizer
 
+import mtt_convert
 from modeling_mtt import MTTConfig, MTTForCausalLM
+from tests.modeling_mtt.oracles import randomise
+
+SAMPLE = Path(__file__).resolve().parents[2] / "convert" / "sample"
 
 # The three shapes that differ most, what Megatron-Turing NLG is, what Llama is, and Nemotron; then
 # what none of them has.
@@ -79,26 +84,6 @@ def _one_thread() -> None:
 
 
 @pytest.fixture
-def randomise() -> Callable[[nn.Module], nn.Module]:
-    """Give every parameter random values, so that no weight of 1 and no bias of 0 hides a mistake.
-
-    Parameters of one dimension are moved by a little, the others are drawn with a spread that keeps
-    logits far apart.
-    """
-
-    @torch.no_grad()
-    def apply(model: nn.Module) -> nn.Module:
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
-                parameter.add_(torch.randn_like(parameter), alpha=0.2)
-            else:
-                parameter.normal_(std=0.25)
-        return model.eval()
-
-    return apply
-
-
-@pytest.fixture
 def tiny_config() -> Callable[..., MTTConfig]:
     def build(preset: str = "gpt", **options: Any) -> MTTConfig:
         defaults: dict[str, Any] = {
@@ -118,13 +103,31 @@ def tiny_config() -> Callable[..., MTTConfig]:
 
 
 @pytest.fixture
-def tiny_model(
-    tiny_config: Callable[..., MTTConfig], randomise: Callable[[nn.Module], nn.Module]
-) -> Callable[..., MTTForCausalLM]:
+def tiny_model(tiny_config: Callable[..., MTTConfig]) -> Callable[..., MTTForCausalLM]:
     def build(preset: str = "gpt", **options: Any) -> MTTForCausalLM:
-        return randomise(MTTForCausalLM(tiny_config(preset, **options)))
+        model = MTTForCausalLM(tiny_config(preset, **options))
+        randomise(model)
+        return model
 
     return build
+
+
+@pytest.fixture(scope="session")
+def sample_texts() -> list[dict[str, str]]:
+    """The texts the sample learned by heart, with their beginnings as `prompt`."""
+    texts: list[dict[str, str]] = json.loads((SAMPLE / "prompts.json").read_text())
+    return texts
+
+
+@pytest.fixture(scope="module")
+def chat_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The sample, converted, with a chat template that says only what the user says."""
+    folder = tmp_path_factory.mktemp("sample") / "hf"
+    mtt_convert.convert(SAMPLE, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture

@@ -104,6 +104,7 @@ def test_static_cache_compiles_in_one_graph(tiny_model, preset):
     compile_config = CompileConfig(fullgraph=True, backend="eager", mode=None)
     compile_config._compile_all_devices = True
     torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
     found = model.generate(
         input_ids, cache_implementation="static", compile_config=compile_config, **options
     )

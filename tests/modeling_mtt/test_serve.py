@@ -15,36 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoTokenizer
 
-import mtt_convert
-
-ROOT = Path(__file__).resolve().parents[2]
-SAMPLE = ROOT / "convert" / "sample"
-TEXT = json.loads((SAMPLE / "prompts.json").read_text())[0]
-TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "400"}
 
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("sample") / "hf"
-    mtt_convert.convert(SAMPLE, folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture(scope="module", params=["generate", "continuous batching"])
-def server(folder: Path, request, tmp_path_factory) -> Iterator[str]:
+def server(chat_folder: Path, request, tmp_path_factory) -> Iterator[str]:
     """The address of a server of this folder."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "modeling_mtt", "serve", str(folder), "--device", "cpu"]
+    command = [sys.executable, "-m", "modeling_mtt", "serve", str(chat_folder), "--device", "cpu"]
     command += ["--host", "127.0.0.1", "--port", str(port)]
     if request.param == "continuous batching":
         command += ["--continuous-batching", "--cb-num-blocks", "64", "--cb-block-size", "16"]
@@ -80,26 +63,28 @@ def post(address: str, body: dict[str, Any]) -> dict[str, Any]:
         return json.load(response)
 
 
-def test_serve(server, folder):
+def test_serve(server, chat_folder, sample_texts):
     """The greedy text is the one that the sample learned by heart."""
-    body = {"model": str(folder), "max_tokens": 8, "temperature": 0}
-    messages = [{"role": "user", "content": TEXT["prompt"]}]
+    text = sample_texts[0]
+    body = {"model": str(chat_folder), "max_tokens": 8, "temperature": 0}
+    messages = [{"role": "user", "content": text["prompt"]}]
     answer = post(f"{server}/v1/chat/completions", {**body, "messages": messages})
     (choice,) = answer["choices"]
     assert choice["message"]["content"]
-    assert TEXT["text"].startswith(TEXT["prompt"] + choice["message"]["content"])
+    assert text["text"].startswith(text["prompt"] + choice["message"]["content"])
 
-    answer = post(f"{server}/v1/completions", {**body, "prompt": TEXT["prompt"]})
+    answer = post(f"{server}/v1/completions", {**body, "prompt": text["prompt"]})
     (completion,) = answer["choices"]
     assert completion["text"] == choice["message"]["content"]
 
 
-def test_chat(server, folder, tmp_path):
-    command = [sys.executable, "-m", "modeling_mtt", "chat", str(folder), server]
+def test_chat(server, chat_folder, sample_texts, tmp_path):
+    text = sample_texts[0]
+    command = [sys.executable, "-m", "modeling_mtt", "chat", str(chat_folder), server]
     result = subprocess.run(
         [*command, "do_sample=False", "max_new_tokens=8"],
         # No to "Continue generating?", which it asks at the limit.
-        input=f"{TEXT['prompt']}\nn\n!exit\n",
+        input=f"{text['prompt']}\nn\n!exit\n",
         cwd=tmp_path,
         env=ENVIRONMENT,
         capture_output=True,
@@ -107,4 +92,4 @@ def test_chat(server, folder, tmp_path):
         timeout=120,
     )
     assert result.returncode == 0, result.stderr
-    assert TEXT["text"][len(TEXT["prompt"]) :].split()[0] in result.stdout
+    assert text["text"][len(text["prompt"]) :].split()[0] in result.stdout
