@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache
 from transformers.generation import GenerationConfig, GenerationMixin
 from transformers.integrations import use_kernel_forward_from_hub
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
@@ -39,7 +39,14 @@ from transformers.utils import TransformersKwargs, can_return_tuple, is_tracing
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .attention_mtt import (
+    available_implementation,
+    eager_attention_forward,
+    positions_of_packed,
+)
+from .cache_mtt import growing_cache, let_grow
 from .configuration_mtt import MTTConfig
+from .linear_mtt import project
 from .parallel_mtt import (
     check_combination,
     check_continuous_batching,
@@ -53,7 +60,8 @@ from .positions_mtt import (
     MTTRotaryEmbedding,
     alibi_distances,
     alibi_slopes,
-    apply_rotary_pos_emb,
+    rotate_heads,
+    rotation_of_heads,
 )
 
 try:
@@ -77,8 +85,7 @@ class MTTRMSNorm(nn.Module):
         self.variance_epsilon = eps
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        normed = _divide_by_root_mean_square(hidden_states, self.variance_epsilon)
-        return self.weight * normed.to(hidden_states.dtype)
+        return _rms_norm(hidden_states, self.weight, self.variance_epsilon)
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
@@ -97,8 +104,8 @@ class MTTZeroCenteredRMSNorm(nn.Module):
         self.variance_epsilon = eps
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        normed = _divide_by_root_mean_square(hidden_states, self.variance_epsilon)
-        return ((1.0 + self.weight.float()) * normed).to(hidden_states.dtype)
+        weight = 1.0 + self.weight.float()
+        return _rms_norm(hidden_states.float(), weight, self.variance_epsilon).to(hidden_states.dtype)
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
@@ -148,9 +155,12 @@ def build_norm(config: MTTConfig, size: int) -> nn.Module:
     return NORM_CLASSES[config.norm_type, config.zero_centered_norm](size, eps=config.norm_eps)
 
 
-def _divide_by_root_mean_square(hidden_states: torch.Tensor, eps: float) -> torch.Tensor:
-    hidden_states = hidden_states.float()
-    return hidden_states * torch.rsqrt(hidden_states.pow(2).mean(-1, keepdim=True) + eps)
+def _rms_norm(hidden_states: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    if weight.dtype == hidden_states.dtype:
+        return nn.functional.rms_norm(hidden_states, weight.shape, weight, eps)
+    # What it computes, but that it would warn.
+    normed = nn.functional.rms_norm(hidden_states.float(), weight.shape, weight.float(), eps)
+    return normed.to(hidden_states.dtype)
 
 
 class MTTMLP(nn.Module):
@@ -167,48 +177,12 @@ class MTTMLP(nn.Module):
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        up = self.up_proj(hidden_states)
+        activated = project(self.up_proj, hidden_states)
         if self.gate_proj is None:
-            return self.down_proj(self.act_fn(up))
-        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * up)
-
-
-def eager_attention_forward(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    position_bias: torch.Tensor | None = None,
-    **kwargs: Unpack[TransformersKwargs],
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention spelt out, for when its weights are asked for.
-
-    Args:
-        query (`torch.Tensor`): `[batch, heads, queries, head_dim]`.
-        key, value (`torch.Tensor`): `[batch, key_value_heads, keys, head_dim]`.
-        attention_mask (`torch.Tensor`, *optional*): `[batch, 1, queries, keys]`, is added.
-        position_bias (`torch.Tensor`, *optional*): `[batch or 1, heads, queries, keys]`, is added.
-
-    Returns:
-        Output `[batch, queries, heads, head_dim]` and weights `[batch, heads, queries, keys]`.
-    """
-    group_size = query.shape[1] // key.shape[1]
-    key = key.repeat_interleave(group_size, dim=1)
-    value = value.repeat_interleave(group_size, dim=1)
-
-    scores = torch.matmul(query, key.transpose(2, 3)) * scaling
-    if position_bias is not None:
-        # In float32, where the lowest number of a mask can be added to it.
-        scores = scores.float() + position_bias
-    if attention_mask is not None:
-        scores = scores + attention_mask
-    weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
-    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
-    output = torch.matmul(weights, value).transpose(1, 2).contiguous()
-    return output, weights
+            activated = self.act_fn(activated)
+        else:
+            activated = self.act_fn(project(self.gate_proj, hidden_states)) * activated
+        return project(self.down_proj, activated)
 
 
 class MTTAttention(nn.Module):
@@ -226,6 +200,7 @@ class MTTAttention(nn.Module):
             self.scaling = self.head_dim**-0.5
         self.attention_dropout = config.attention_dropout
         self.is_causal = True
+        self.rope_interleave = config.rope_interleave
         sliding = config.types_of_layers()[layer_idx] == "sliding_attention"
         self.sliding_window = config.sliding_window if sliding else None
 
@@ -251,19 +226,17 @@ class MTTAttention(nn.Module):
         # Heads are counted by the tensors: with tensor parallelism a process has some of them.
         head_shape = (*input_shape, -1, self.head_dim)
 
-        query_states = self.q_proj(hidden_states).view(head_shape)
-        key_states = self.k_proj(hidden_states).view(head_shape)
-        value_states = self.v_proj(hidden_states).view(head_shape).transpose(1, 2)
+        query_states = project(self.q_proj, hidden_states).view(head_shape)
+        key_states = project(self.k_proj, hidden_states).view(head_shape)
+        value_states = project(self.v_proj, hidden_states).view(head_shape).transpose(1, 2)
         if self.q_norm is not None and self.k_norm is not None:
             query_states = self.q_norm(query_states)
             key_states = self.k_norm(key_states)
+        if position_embeddings is not None:
+            query_states = rotate_heads(query_states, *position_embeddings, self.rope_interleave)
+            key_states = rotate_heads(key_states, *position_embeddings, self.rope_interleave)
         query_states = query_states.transpose(1, 2)
         key_states = key_states.transpose(1, 2)
-
-        if position_embeddings is not None:
-            interleave = self.config.rope_interleave
-            query_states = apply_rotary_pos_emb(query_states, *position_embeddings, interleave)
-            key_states = apply_rotary_pos_emb(key_states, *position_embeddings, interleave)
 
         if past_key_values is not None:
             key_states, value_states = past_key_values.update(
@@ -287,7 +260,7 @@ class MTTAttention(nn.Module):
             **kwargs,
         )
         attn_output = attn_output.reshape(*input_shape, -1).contiguous()
-        return self.o_proj(attn_output), attn_weights
+        return project(self.o_proj, attn_output), attn_weights
 
     def count_groups(self) -> int:
         """Return how many of this process's query heads share one of its key and value heads."""
@@ -364,7 +337,8 @@ class MTTDecoderLayer(GradientCheckpointingLayer):
 
     def _scale(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Apply what comes before the residual addition."""
-        hidden_states = nn.functional.dropout(hidden_states, self.hidden_dropout, self.training)
+        if self.training:
+            hidden_states = nn.functional.dropout(hidden_states, self.hidden_dropout)
         return _multiply(hidden_states, self.residual_multiplier)
 
 
@@ -396,6 +370,14 @@ class MTTPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, MTTZeroCenteredLayerNorm | MTTZeroCenteredRMSNorm):
             init.zeros_(module.weight)
+
+    def _check_and_adjust_attn_implementation(
+        self, attn_implementation: str | None, *args: Any, **kwargs: Any
+    ) -> str:
+        chosen: str = super()._check_and_adjust_attn_implementation(
+            available_implementation(attn_implementation), *args, **kwargs
+        )
+        return chosen
 
     @classmethod
     def prepare_distribute_model(cls, distributed_config: Any, **kwargs: Any) -> tuple:
@@ -534,18 +516,21 @@ class MTTModel(MTTPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
 
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-
         # Positions that come with no cache may belong to several packed sequences.
         counted = position_ids is None or past_key_values is not None
-        if position_ids is None:
-            position_ids = self._next_positions(inputs_embeds, past_key_values)
+        packed = kwargs.get("cu_seq_lens_q")
+        if position_ids is None and past_key_values is None and packed is not None:
+            position_ids = positions_of_packed(packed, inputs_embeds.shape[1])
 
         if isinstance(attention_mask, dict):
             masks = attention_mask
         else:
+            # Before there is a new cache, with which transformers takes nothing for packed.
             masks = self.create_masks(inputs_embeds, attention_mask, past_key_values, position_ids)
+        if position_ids is None:
+            position_ids = self._next_positions(inputs_embeds, past_key_values)
+        if use_cache and past_key_values is None:
+            past_key_values = growing_cache(self.config)
 
         hidden_states = inputs_embeds
         # A later pipeline stage gets the states of the stage before it as `inputs_embeds`.
@@ -559,7 +544,8 @@ class MTTModel(MTTPreTrainedModel):
 
         position_embeddings = None
         if self.rotary_emb is not None:
-            position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
+            angles = self.rotary_emb(hidden_states, position_ids=position_ids)
+            position_embeddings = rotation_of_heads(*angles, self.config.rope_interleave)
         if "distances" in masks:
             kwargs["distances"] = masks["distances"]
 
@@ -753,7 +739,7 @@ class MTTForCausalLM(MTTPreTrainedModel, GenerationMixin):
         )
 
         hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
-        logits = self.lm_head(hidden_states)
+        logits = project(self.lm_head, hidden_states)
         if self.config.logits_scaling != 1.0:
             logits = logits / self.config.logits_scaling
 
@@ -860,9 +846,12 @@ class MTTForCausalLM(MTTPreTrainedModel, GenerationMixin):
                     f"last, expected at most max_position_embeddings ({table_size}). "
                     f"Lower max_new_tokens by {positions - table_size}, or shorten the prompt."
                 )
-        return super()._prepare_cache_for_generation(
+        given = model_kwargs.get("past_key_values")
+        super()._prepare_cache_for_generation(
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
+        if given is None:
+            let_grow(model_kwargs.get("past_key_values"))
 
 
 # The generic heads of transformers ask the auto classes for the decoder, which refuse to answer for

@@ -87,33 +87,58 @@ class MTTRotaryEmbedding(nn.Module):
         return cos.to(x.dtype), sin.to(x.dtype)
 
 
-def rotate_half(x: torch.Tensor) -> torch.Tensor:
-    """Turn each pair, one value of the first half and one of the second, by a quarter."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((-second, first), dim=-1)
+def swap_halves(states: torch.Tensor) -> torch.Tensor:
+    """Exchange the values of each pair, one of the first half and one of the second."""
+    first, second = states.chunk(2, dim=-1)
+    return torch.cat((second, first), dim=-1)
 
 
-def rotate_neighbours(x: torch.Tensor) -> torch.Tensor:
-    """Turn each pair of neighbouring values by a quarter."""
-    first, second = x[..., 0::2], x[..., 1::2]
-    return torch.stack((-second, first), dim=-1).flatten(-2)
+def swap_neighbours(states: torch.Tensor) -> torch.Tensor:
+    """Exchange the values of each pair of neighbours."""
+    return states.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
 
 
-def apply_rotary_pos_emb(
+def rotation_of_heads(
+    cos: torch.Tensor, sin: torch.Tensor, interleave: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what `rotate_heads` takes, the same for all heads and layers.
+
+    A pair `(a, b)` turns into `(a cos - b sin, b cos + a sin)`: with its values exchanged, sines
+    are negative for the first of it.
+
+    Args:
+        cos, sin (`torch.Tensor`): `[batch or 1, sequence, rotated]`, laid out like the pairs.
+        interleave (`bool`): whether pairs are neighbours (Megatron's `rotary_interleaved`, GPT-J)
+            rather than one value of each half (GPT-NeoX).
+
+    Returns:
+        Factors of a head's values, and of those exchanged: `[batch or 1, sequence, 1, rotated]`.
+    """
+    signs = torch.ones(sin.shape[-1], dtype=sin.dtype, device=sin.device)
+    if interleave:
+        signs[0::2] = -1
+    else:
+        signs[: len(signs) // 2] = -1
+    return cos.unsqueeze(2), (sin * signs).unsqueeze(2)
+
+
+def rotate_heads(
     states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleave: bool = False
 ) -> torch.Tensor:
     """Rotate the first values of each head.
 
     Args:
-        states (`torch.Tensor`): `[batch, heads, sequence, head_dim]`.
-        cos, sin (`torch.Tensor`): `[batch or 1, sequence, rotated]` with `rotated <= head_dim`.
-        interleave (`bool`): whether pairs are neighbours (Megatron's `rotary_interleaved`, GPT-J)
-            rather than one value of each half (GPT-NeoX).
+        states (`torch.Tensor`): `[batch, sequence, heads, head_dim]`.
+        cos, sin (`torch.Tensor`): see `rotation_of_heads`, with `rotated <= head_dim`.
+        interleave (`bool`): as it was there.
     """
-    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    rotated, passed = states[..., : cos.shape[-1]], states[..., cos.shape[-1] :]
-    turned = rotate_neighbours(rotated) if interleave else rotate_half(rotated)
-    return torch.cat((rotated * cos + turned * sin, passed), dim=-1)
+    num_rotated = cos.shape[-1]
+    rotated = states if num_rotated == states.shape[-1] else states[..., :num_rotated]
+    swapped = swap_neighbours(rotated) if interleave else swap_halves(rotated)
+    rotated = torch.addcmul(rotated * cos, swapped, sin)
+    if num_rotated == states.shape[-1]:
+        return rotated
+    return torch.cat((rotated, states[..., num_rotated:]), dim=-1)
 
 
 def alibi_slopes(num_heads: int, device: torch.device) -> torch.Tensor:

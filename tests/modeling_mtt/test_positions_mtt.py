@@ -7,14 +7,17 @@ import torch
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from modeling_mtt.positions_mtt import alibi_distances, alibi_slopes, rotate_half, rotate_neighbours
+from modeling_mtt.positions_mtt import alibi_distances, alibi_slopes, rotate_heads, rotation_of_heads
 from tests.modeling_mtt.oracles import ORACLES
 
 
-def test_rotations_turn_pairs_by_a_quarter():
-    states = torch.tensor([1.0, 2.0, 3.0, 4.0])
-    assert rotate_half(states).tolist() == [-3.0, -4.0, 1.0, 2.0]
-    assert rotate_neighbours(states).tolist() == [-2.0, 1.0, -4.0, 3.0]
+@pytest.mark.parametrize(
+    ("interleave", "turned"), [(False, [-3.0, -4.0, 1.0, 2.0, 5.0]), (True, [-2.0, 1.0, -4.0, 3.0, 5.0])]
+)
+def test_rotations_turn_pairs_of_the_rotated_part(interleave, turned):
+    states = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0]).view(1, 1, 1, 5)
+    quarter = rotation_of_heads(torch.zeros(1, 1, 4), torch.ones(1, 1, 4), interleave)
+    assert rotate_heads(states, *quarter, interleave).flatten().tolist() == turned
 
 
 @pytest.mark.parametrize(

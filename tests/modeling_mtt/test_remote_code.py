@@ -9,7 +9,15 @@ import torch
 
 from modeling_mtt import AUTO_MAP
 
-CODE = ["configuration_mtt.py", "modeling_mtt.py", "parallel_mtt.py", "positions_mtt.py"]
+CODE = [
+    "attention_mtt.py",
+    "cache_mtt.py",
+    "configuration_mtt.py",
+    "linear_mtt.py",
+    "modeling_mtt.py",
+    "parallel_mtt.py",
+    "positions_mtt.py",
+]
 
 SCRIPT = """
 import sys

@@ -1,0 +1,251 @@
+"""Attention functions that transformers does not have: eager with a bias, and torch's varlen."""
+
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
+from transformers.modeling_flash_attention_utils import (
+    _is_packed_sequence,
+    _pad_input,
+    _unpad_input,
+    _upad_input,
+    prepare_fa_kwargs_from_position_ids,
+)
+from transformers.modeling_utils import AttentionInterface
+from transformers.processing_utils import Unpack
+from transformers.utils import (
+    TransformersKwargs,
+    is_flash_attn_2_available,
+    is_flash_attn_3_available,
+    is_flash_attn_4_available,
+    is_kernels_available,
+    logging,
+)
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # torch < 2.10
+    varlen_attn = None
+
+logger = logging.get_logger(__name__)
+
+TORCH_VARLEN = "torch_varlen"
+FLASH_ATTENTION = ("flash_attention_2", "flash_attention_3", "flash_attention_4")
+
+
+def available_implementation(requested: str | None) -> str | None:
+    """Return `torch_varlen` for a FlashAttention that no installed package has, on a GPU."""
+    if requested not in FLASH_ATTENTION or varlen_attn is None or not torch.cuda.is_available():
+        return requested
+    if (
+        is_flash_attn_2_available()
+        or is_flash_attn_3_available()
+        or is_flash_attn_4_available()
+        or is_kernels_available()
+    ):
+        return requested
+    logger.warning_once(
+        f"No FlashAttention package is installed: attn_implementation='{requested}' becomes "
+        f"'{TORCH_VARLEN}', the one that PyTorch brings."
+    )
+    return TORCH_VARLEN
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    position_bias: torch.Tensor | None = None,
+    **kwargs: Unpack[TransformersKwargs],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention spelt out, for when its weights are asked for.
+
+    Args:
+        query (`torch.Tensor`): `[batch, heads, queries, head_dim]`.
+        key, value (`torch.Tensor`): `[batch, key_value_heads, keys, head_dim]`.
+        attention_mask (`torch.Tensor`, *optional*): `[batch, 1, queries, keys]`, is added.
+        position_bias (`torch.Tensor`, *optional*): `[batch or 1, heads, queries, keys]`, is added.
+
+    Returns:
+        Output `[batch, queries, heads, head_dim]` and weights `[batch, heads, queries, keys]`.
+    """
+    group_size = query.shape[1] // key.shape[1]
+    key = key.repeat_interleave(group_size, dim=1)
+    value = value.repeat_interleave(group_size, dim=1)
+
+    scores = torch.matmul(query, key.transpose(2, 3)) * scaling
+    if position_bias is not None:
+        # In float32, where the lowest number of a mask can be added to it.
+        scores = scores.float() + position_bias
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    output = torch.matmul(weights, value).transpose(1, 2).contiguous()
+    return output, weights
+
+
+def torch_varlen_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """FlashAttention as PyTorch brings it, `torch.nn.attention.varlen.varlen_attn`: causal only.
+
+    Sequences lie one behind the other, as `cu_seq_lens` says, so that nothing is computed for
+    padding and nothing is seen across packed sequences.
+
+    Args:
+        query (`torch.Tensor`): `[batch, heads, queries, head_dim]`, float16 or bfloat16.
+        key, value (`torch.Tensor`): `[batch, key_value_heads, keys, head_dim]`.
+        attention_mask (`torch.Tensor`, *optional*): 1 where there is a token, `[batch, keys]`.
+        sliding_window (`int`, *optional*): how many tokens are seen, the current one included.
+        kwargs: `cu_seq_lens_q`, `cu_seq_lens_k`, `max_length_q`, `max_length_k` of packed
+            sequences, or the `position_ids` that tell them.
+
+    Returns:
+        Output `[batch, queries, heads, head_dim]`, and None.
+
+    Raises:
+        `ValueError`: this PyTorch, device, dtype or dropout cannot be served.
+    """
+    _check_varlen(query, dropout)
+    batch_size, _, num_queries, _ = query.shape
+    query, key, value = (states.transpose(1, 2) for states in (query, key, value))
+    position_ids = kwargs.get("position_ids")
+
+    padding = None
+    if attention_mask is not None:
+        query, key, value, padding, cu_seq_lens, max_lengths = _upad_input(
+            query, key, value, attention_mask, num_queries, _unpad_input
+        )
+    else:
+        num_keys = key.shape[1]
+        query, key, value = (states.flatten(0, 1) for states in (query, key, value))
+        if kwargs.get("cu_seq_lens_q") is not None:
+            cu_seq_lens = kwargs["cu_seq_lens_q"], kwargs["cu_seq_lens_k"]
+            max_lengths = kwargs["max_length_q"], kwargs["max_length_k"]
+        elif num_queries == num_keys and _is_packed_sequence(position_ids, batch_size):
+            cu_seq_lens, max_lengths = prepare_fa_kwargs_from_position_ids(position_ids)
+        else:
+            cu_seq_lens = tuple(
+                torch.arange(batch_size + 1, dtype=torch.int32, device=query.device) * length
+                for length in (num_queries, num_keys)
+            )
+            max_lengths = num_queries, num_keys
+
+    output = _varlen(query, key, value, *cu_seq_lens, *max_lengths, scaling, sliding_window)
+    if padding is not None:
+        return _pad_input(output, padding, batch_size, num_queries), None
+    return output.unflatten(0, (batch_size, num_queries)), None
+
+
+def _check_varlen(query: torch.Tensor, dropout: float) -> None:
+    if varlen_attn is None:
+        raise ValueError(
+            f"attn_implementation='{TORCH_VARLEN}' needs torch.nn.attention.varlen: found torch "
+            f"{torch.__version__}, expected 2.10 or newer. Update torch, or use 'sdpa'."
+        )
+    if query.dtype not in (torch.float16, torch.bfloat16):
+        raise ValueError(
+            f"FlashAttention computes in half precision: found {query.dtype}, expected "
+            "torch.float16 or torch.bfloat16. Load the model with dtype=torch.bfloat16, or use "
+            'attn_implementation="sdpa".'
+        )
+    if dropout:
+        raise ValueError(
+            f"attn_implementation='{TORCH_VARLEN}' has no dropout: found attention_dropout "
+            f"{dropout}, expected 0. Set it to 0, or use 'flash_attention_2' or 'sdpa'."
+        )
+
+
+def _varlen(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seq_q: torch.Tensor,
+    cu_seq_k: torch.Tensor,
+    max_q: int,
+    max_k: int,
+    scale: float | None,
+    sliding_window: int | None,
+) -> torch.Tensor:
+    """Call the `varlen_attn` of this PyTorch: states `[tokens, heads, head_dim]`."""
+    accepted = inspect.signature(varlen_attn).parameters
+    options: dict[str, Any] = {"scale": scale}
+    if "window_size" in accepted:
+        options["window_size"] = (-1 if sliding_window is None else sliding_window - 1, 0)
+    elif sliding_window is None:
+        options["is_causal"] = True
+    else:
+        raise ValueError(
+            f"The varlen_attn of torch {torch.__version__} has no window_size, and the model has a "
+            "sliding window. Update torch, or use attn_implementation='sdpa'."
+        )
+    if key.shape[1] != query.shape[1]:
+        if "enable_gqa" in accepted:
+            options["enable_gqa"] = True
+        else:
+            num_groups = query.shape[1] // key.shape[1]
+            key, value = (states.repeat_interleave(num_groups, 1) for states in (key, value))
+    try:
+        output: torch.Tensor = varlen_attn(
+            query, key, value, cu_seq_q, cu_seq_k, int(max_q), int(max_k), **options
+        )
+    except NotImplementedError as error:
+        raise ValueError(
+            f"attn_implementation='{TORCH_VARLEN}' runs on GPUs: found {query.device}, expected "
+            'a CUDA device. Move the model there, or use attn_implementation="sdpa".'
+        ) from error
+    return output
+
+
+def torch_varlen_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | torch.Tensor = 0,
+    kv_offset: int = 0,
+    attention_mask: torch.Tensor | None = None,
+    device: torch.device | str = "cpu",
+    **kwargs: Any,
+) -> torch.Tensor | None:
+    """Return which keys hold a token `[batch, keys]`, or None if all do: static caches have more."""
+    num_seen = int(q_offset) + q_length - kv_offset
+    if num_seen < kv_length:
+        if attention_mask is None:
+            return torch.ones(batch_size, num_seen, dtype=torch.bool, device=device)
+        return attention_mask[:, :num_seen]
+    mask: torch.Tensor | None = flash_attention_mask(
+        batch_size, q_length, kv_length, q_offset, kv_offset, attention_mask=attention_mask
+    )
+    return mask
+
+
+def positions_of_packed(cu_seq_lens: torch.Tensor, length: int) -> torch.Tensor:
+    """Return positions `[1, length]` that start anew where a packed sequence does.
+
+    Args:
+        cu_seq_lens (`torch.Tensor`): where sequences start, and the last one ends,
+            `[sequences + 1]`.
+    """
+    tokens = torch.arange(length, device=cu_seq_lens.device)
+    sequence = torch.searchsorted(cu_seq_lens[1:].contiguous(), tokens, right=True)
+    starts = cu_seq_lens[sequence.clamp(max=len(cu_seq_lens) - 1)]
+    return (tokens - starts).unsqueeze(0)
+
+
+AttentionInterface.register(TORCH_VARLEN, torch_varlen_attention_forward)
+AttentionMaskInterface.register(TORCH_VARLEN, torch_varlen_mask)

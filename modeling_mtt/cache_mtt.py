@@ -1,0 +1,79 @@
+"""A cache that grows in place."""
+
+from typing import Any
+
+import torch
+from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.utils import is_tracing
+
+from .configuration_mtt import MTTConfig
+
+
+class MTTDynamicLayer(DynamicLayer):
+    """`DynamicLayer` that has room for tokens to come, and does not copy the past for each.
+
+    `keys` and `values` are views `[batch, key_value_heads, sequence, head_dim]` of what is reserved.
+    A tensor that something else put in their place (a crop, a reordered beam) is copied once, and
+    what the views of earlier calls show never changes.
+    """
+
+    # Of the tokens there are: each is copied about 1 / ROOM times in all.
+    ROOM = 0.25
+    # Fewer values than these are copied in less time than it takes to say where they are.
+    SMALLEST = 2**16
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._keys = _Growing()
+        self._values = _Growing()
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append states `[batch, key_value_heads, new tokens, head_dim]` and return all there are."""
+        # A gradient needs the past as it was; a compiler cannot follow who holds which memory.
+        past = self.keys
+        if (
+            past is None
+            or past.numel() < self.SMALLEST
+            or torch.is_grad_enabled()
+            or is_tracing(key_states)
+        ):
+            return super().update(key_states, value_states, *args, **kwargs)
+        self.keys = self._keys.append(past, key_states)
+        self.values = self._values.append(self.values, value_states)
+        return self.keys, self.values
+
+
+class _Growing:
+    """One tensor that is appended to along its second last dimension."""
+
+    def __init__(self) -> None:
+        self.reserved: torch.Tensor | None = None
+        self.shown: torch.Tensor | None = None
+
+    def append(self, past: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        length = past.shape[-2]
+        total = length + new.shape[-2]
+        if past is not self.shown or self.reserved is None or total > self.reserved.shape[-2]:
+            room = 1 + int(total * MTTDynamicLayer.ROOM)
+            self.reserved = past.new_empty((*past.shape[:-2], total + room, past.shape[-1]))
+            self.reserved.narrow(-2, 0, length).copy_(past)
+        self.reserved.narrow(-2, length, total - length).copy_(new)
+        self.shown = self.reserved.narrow(-2, 0, total)
+        return self.shown
+
+
+def growing_cache(config: MTTConfig) -> DynamicCache:
+    """Return an empty cache for a model of this configuration."""
+    cache = DynamicCache(config=config)
+    let_grow(cache)
+    return cache
+
+
+def let_grow(cache: Any) -> None:
+    """Give an empty cache of transformers' kind layers that grow in place, where it has a choice."""
+    if type(cache) is DynamicCache and not cache.offloading:
+        cache.layers = [
+            MTTDynamicLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers
+        ]
