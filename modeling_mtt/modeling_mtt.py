@@ -770,8 +770,11 @@ class MTTForCausalLM(MTTPreTrainedModel, GenerationMixin):
         past_key_values: Cache | None,
         position_ids: torch.Tensor | None = None,
         **kwargs: Any,
-    ) -> dict[str, Any]:
+    ) -> dict[str, Any] | torch.Tensor | None:
         """Make the masks that `generate` passes with a static cache, as `MTTModel` would."""
+        if self.config._attn_implementation == "flex_attention":
+            # `generate` takes what it passes for tensors, which flex attention's masks are not.
+            return attention_mask
         return self.model.create_masks(inputs_embeds, attention_mask, past_key_values, position_ids)
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
