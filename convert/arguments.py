@@ -42,6 +42,7 @@ from .argument_tables import (
 from .dtypes import DType
 from .errors import UnsupportedError, UsageError
 
+_UNTIED = "untie_embeddings_and_output_weights"
 OWN = "mtt"
 """The argument under which mtt stores what Megatron has no argument for."""
 
@@ -514,8 +515,10 @@ def architecture_from_shapes(
     _check_types(said, said)
     sizes = read_shapes(shapes)
     seen = {**sizes.fields, **_heads(sizes, said)}
+    # An output layer may be the copy of the embedding that a last stage holds; it is compared.
+    may_be_tied = said.get(_UNTIED) is False and seen[_UNTIED]
     for name, value in seen.items():
-        if said.get(name, value) != value:
+        if said.get(name, value) != value and not (name == _UNTIED and may_be_tied):
             raise UsageError(
                 f"--set {name} contradicts the tensors",
                 found=f"{name} = {_show(said[name])}",

@@ -7,7 +7,6 @@ nothing but the standard library. Only this module and `commands/` print.
 from __future__ import annotations
 
 import argparse
-import ast
 import importlib
 import json
 import os
@@ -213,7 +212,10 @@ def _add_source_options(parser: argparse.ArgumentParser) -> None:
         help="a Megatron argument the checkpoint lacks or has wrong; may be repeated",
     )
     parser.add_argument(
-        "--config", metavar="FILE", help="a JSON file of such arguments; --set wins over it"
+        "--config",
+        metavar="FILE_OR_FOLDER",
+        help="a file of such arguments (JSON, or NAME: VALUE lines), a folder with the config.json "
+        "of an MTT model, or a preset such as megatron-gpt2-345m; --set wins over it",
     )
     parser.add_argument(
         "--skip-key",
@@ -288,6 +290,7 @@ def _convert(commands: argparse._SubParsersAction[_Parser]) -> None:
         "mtt convert /checkpoints/gpt out --tokenizer gpt2-vocab.json --dtype bfloat16",
         "mtt convert /checkpoints/gpt out --dry-run",
         "mtt convert /checkpoints/gpt out --model-type auto",
+        "mtt convert /checkpoints/345m out --config megatron-gpt2-345m",
         "mtt convert /checkpoints/gpt new --to torch --tp 4 --pp 2",
         "mtt convert llama-folder new --to torch_dist --tp 8",
         "mtt convert llama-folder out --to hf --model-type mtt",
@@ -442,45 +445,22 @@ def overrides(args: argparse.Namespace) -> dict[str, object]:
     """The values of `--config` and `--set`.
 
     Raises:
-        UsageError: something is not NAME=VALUE, or the file is no JSON object.
+        UsageError: something is not NAME=VALUE, or `--config` names nothing that can be used.
     """
+    from .config_file import read_config_file, value_of
+
     values: dict[str, object] = {}
     if args.config is not None:
-        values.update({_name(name): value for name, value in _config(args.config).items()})
+        said = read_config_file(args.config)
+        values.update({_name(name): value for name, value in said.items()})
     for text in args.set:
         name, equals, value = text.partition("=")
         if not name or not equals:
             raise UsageError(f"--set {text} is not understood", expected="--set NAME=VALUE")
-        values[_name(name)] = _value(value)
+        values[_name(name)] = value_of(value)
     return values
-
-
-def _config(path: str) -> dict[str, object]:
-    found = "text that is no JSON object"
-    try:
-        with open(path, encoding="utf-8") as file:
-            values = json.load(file)
-        if isinstance(values, dict):
-            return values
-    except (OSError, ValueError, RecursionError) as error:
-        found = str(error)
-    raise UsageError(
-        f"{path} cannot be used",
-        found=found,
-        expected="a JSON object of Megatron arguments",
-    )
 
 
 def _name(text: str) -> str:
     """The name of an argument, however it was spelled: `--hidden-size` is `hidden_size`."""
     return text.strip().lstrip("-").replace("-", "_")
-
-
-def _value(text: str) -> object:
-    words: dict[str, object] = {"true": True, "false": False, "none": None, "null": None}
-    if text.lower() in words:
-        return words[text.lower()]
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-        return text
