@@ -24,8 +24,15 @@ from .errors import MTTError, UsageError
 from .version import __version__
 
 EXIT_DIFFERENT, EXIT_BUG, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 70, 130, 143
-_COMMANDS = ("demo", "inspect", "convert", "diff", "verify", "generate")
-_PATHS = {"source": "CKPT", "target": "OUT", "first": "A", "second": "B", "folder": "OUT"}
+_COMMANDS = ("demo", "inspect", "convert", "diff", "verify", "generate", "estimate")
+_PATHS = {
+    "source": "CKPT",
+    "target": "OUT",
+    "first": "A",
+    "second": "B",
+    "folder": "OUT",
+    "model": "MODEL",
+}
 MEGATRON_FORMATS = ("torch", "torch_dist")
 _SIZES = (
     ("--tp", "--tensor-model-parallel-size", "ranks that share every layer"),
@@ -177,6 +184,7 @@ def build_parser() -> argparse.ArgumentParser:
     _diff(commands)
     _verify(commands)
     _generate(commands)
+    _estimate(commands)
     return parser
 
 
@@ -437,6 +445,50 @@ def _generate(commands: argparse._SubParsersAction[_Parser]) -> None:
         help="stages that the layers are dealt to (default: 1)",
     )
     parser.add_argument("--tokenizer", metavar="PATH", help="if it is not with the model")
+    _add_source_options(parser)
+    _add_json(parser)
+
+
+def _estimate(commands: argparse._SubParsersAction[_Parser]) -> None:
+    parser = _command(
+        commands,
+        "estimate",
+        "say on how many GPUs a model fits, in which layout, and with which command",
+        "mtt estimate mt-nlg-530b --gpus 16 --gpu-memory 80GB",
+        "mtt estimate out --gpus 1 --gpu-memory 24GB --sequence-length 4096 --batch-size 8",
+        "mtt estimate /checkpoints/gpt --gpus 8 --gpu-memory 80GB --json",
+    )
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help="a Megatron checkpoint, a folder with a config.json, or a preset of hub_configs/",
+    )
+    parser.add_argument("--gpus", type=int, required=True, metavar="N", help="how many there are")
+    parser.add_argument(
+        "--gpu-memory", required=True, metavar="SIZE", help="of one: 80GB, 141GB, 24GiB"
+    )
+    parser.add_argument(
+        "--gpu-bandwidth",
+        default="3.35TB",
+        metavar="SIZE",
+        help="bytes a second that one reads from its memory (default: 3.35TB, an H100 SXM's; an "
+        "A100 80GB's is 2TB)",
+    )
+    parser.add_argument(
+        "--sequence-length",
+        type=int,
+        metavar="N",
+        help="tokens of a prompt and its answer (default: 2048, or the model's longest)",
+    )
+    parser.add_argument(
+        "--batch-size", type=int, default=1, metavar="N", help="prompts at once (default: 1)"
+    )
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        help="element type of weights and KV cache (default: auto, the model's)",
+    )
     _add_source_options(parser)
     _add_json(parser)
 
