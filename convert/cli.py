@@ -327,8 +327,8 @@ def _convert(commands: argparse._SubParsersAction[_Parser]) -> None:
     parser.add_argument(
         "--tokenizer",
         metavar="PATH",
-        help="a folder, vocab.json beside merges.txt, tokenizer.json, or none; "
-        "default: what the checkpoint names, if it is there",
+        help="a folder, vocab.json beside merges.txt, tokenizer.json, a SentencePiece .model, "
+        "tiktoken's ranks, or none; default: what the checkpoint names, if it is there",
     )
     parser.add_argument(
         "--vocab-padding",
