@@ -25,8 +25,7 @@ from .layouts import Stage, plan_stages
 from .parameters import PARAMETERS, VOCABULARY, Parameter
 
 USABLE = 0.9
-"""Part of a GPU's memory that can be filled; the rest is for CUDA, NCCL and fragmentation. vLLM's
-`--gpu-memory-utilization` has the same default."""
+"""Part of a GPU's memory that can be filled; the rest is for CUDA, NCCL and fragmentation."""
 
 _QKV = "self_attention.linear_qkv"
 _POSITIONS = "embedding.position_embeddings.weight"

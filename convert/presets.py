@@ -131,9 +131,8 @@ def find_preset(name: str) -> Preset:
 
 _MEGATRON = "Megatron-LM paper, https://arxiv.org/abs/1909.08053"
 _NEVER = "The weights were never published."
-_ERF = (
-    "Megatron-LM of 2019 computed GELU by tanh; the field says so because the checkpoints have no "
-    "arguments that could."
+_GELU = Source(
+    "Megatron-LM of 2019, mpu/transformer.py, GPT2ParallelMLP", "GELU is computed by tanh"
 )
 
 
@@ -152,8 +151,9 @@ def _megatron_gpt2(
         sources=(
             Source(_MEGATRON, f"{table}: {layers} layers, hidden size {hidden}, {heads} heads"),
             Source(_MEGATRON, "section 5.1: 50,257 tokens padded to 51,200; section 4: 1024 long"),
+            _GELU,
         ),
-        notes=(_ERF, *notes),
+        notes=notes,
     )
 
 
@@ -302,6 +302,7 @@ PRESETS: Mapping[str, Preset] = {
         sources=(
             Source(_MEGATRON, "table 2: 24 layers, hidden size 1024, 16 heads, called 355M there"),
             Source("card, https://huggingface.co/nvidia/megatron-gpt2-345m", "the weights", False),
+            _GELU,
             Source(
                 "transformers' former convert_megatron_gpt2_checkpoint.py",
                 "a checkpoint without arguments has GELU by tanh (gelu_new)",
@@ -312,7 +313,6 @@ PRESETS: Mapping[str, Preset] = {
         notes=(
             "The published checkpoint has neither arguments nor a version: "
             "`mtt convert CKPT OUT --config megatron-gpt2-345m` says what it lacks.",
-            _ERF,
         ),
     ),
     "megatron-gpt2-1.2b": _megatron_gpt2("1.2B", 40, 1536, 16, 1, table=_TABLE_1),

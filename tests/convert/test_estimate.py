@@ -27,6 +27,7 @@ from mtt_convert.estimate import (
     placements,
 )
 from mtt_convert.layouts import plan_stages
+from mtt_convert.preset_files import num_parameters
 from mtt_convert.presets import PRESETS
 from tests.convert.families.natives import CASES, model_class
 
@@ -206,6 +207,13 @@ def test_every_layout_is_one_the_model_class_accepts(name: str) -> None:
     )
     model = Model(preset.architecture, preset.dtype)
     assert {p.layout.tp for p in place(model, 64)} <= set(sizes)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_counted_as_their_cards_say(name: str) -> None:
+    folder = SAMPLE.parents[1] / "hub_configs" / name
+    config = json.loads((folder / "config.json").read_text())
+    assert _from_config(config, name, "auto").num_parameters == num_parameters(PRESETS[name])
 
 
 def test_tensor_parallelism_divides_the_floor_and_stages_do_not() -> None:
