@@ -523,7 +523,7 @@ def architecture_from_shapes(
                 f"--set {name} contradicts the tensors",
                 found=f"{name} = {_show(said[name])}",
                 expected=f"{name} = {_show(value)}, as the shapes say",
-                fix=f"leave out --set {name}",
+                fix=f"leave out --set {name}, or give the --config of this model",
             )
     a = {**seen, "group_query_attention": True, **said}
     missing = [name for name in _unseen(a, sizes.gated) if a.get(name) is None]

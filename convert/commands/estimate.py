@@ -98,6 +98,19 @@ def read_model(args: argparse.Namespace) -> tuple[Model, tuple[str, ...]]:
     """
     path: str = args.model
     config = os.path.join(path, "config.json")
+    described = not os.path.exists(path) or os.path.isfile(config)
+    given = {
+        "--iteration": args.iteration is not None,
+        "--set": args.set,
+        "--config": args.config is not None,
+        "--skip-key": args.skip_key,
+    }
+    if described and (named := [option for option, value in given.items() if value]):
+        raise UsageError(
+            f"{', '.join(named)}: only for a Megatron checkpoint",
+            found=f"{path}, a preset or a folder with config.json",
+            fix=f"leave out {', '.join(named)}",
+        )
     if not os.path.exists(path):
         preset = find_preset(path)
         fields = {**preset_config(preset), "model_type": "mtt", "dtype": preset.dtype}
