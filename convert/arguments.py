@@ -42,6 +42,7 @@ from .argument_tables import (
 from .dtypes import DType
 from .errors import UnsupportedError, UsageError
 
+_UNTIED = "untie_embeddings_and_output_weights"
 OWN = "mtt"
 """The argument under which mtt stores what Megatron has no argument for."""
 
@@ -514,13 +515,15 @@ def architecture_from_shapes(
     _check_types(said, said)
     sizes = read_shapes(shapes)
     seen = {**sizes.fields, **_heads(sizes, said)}
+    # An output layer may be the copy of the embedding that a last stage holds; it is compared.
+    may_be_tied = said.get(_UNTIED) is False and seen[_UNTIED]
     for name, value in seen.items():
-        if said.get(name, value) != value:
+        if said.get(name, value) != value and not (name == _UNTIED and may_be_tied):
             raise UsageError(
                 f"--set {name} contradicts the tensors",
                 found=f"{name} = {_show(said[name])}",
                 expected=f"{name} = {_show(value)}, as the shapes say",
-                fix=f"leave out --set {name}",
+                fix=f"leave out --set {name}, or give the --config of this model",
             )
     a = {**seen, "group_query_attention": True, **said}
     missing = [name for name in _unseen(a, sizes.gated) if a.get(name) is None]

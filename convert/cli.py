@@ -7,7 +7,6 @@ nothing but the standard library. Only this module and `commands/` print.
 from __future__ import annotations
 
 import argparse
-import ast
 import importlib
 import json
 import os
@@ -25,8 +24,15 @@ from .errors import MTTError, UsageError
 from .version import __version__
 
 EXIT_DIFFERENT, EXIT_BUG, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 70, 130, 143
-_COMMANDS = ("demo", "inspect", "convert", "diff", "verify", "generate")
-_PATHS = {"source": "CKPT", "target": "OUT", "first": "A", "second": "B", "folder": "OUT"}
+_COMMANDS = ("demo", "inspect", "convert", "diff", "verify", "generate", "estimate")
+_PATHS = {
+    "source": "CKPT",
+    "target": "OUT",
+    "first": "A",
+    "second": "B",
+    "folder": "OUT",
+    "model": "MODEL",
+}
 MEGATRON_FORMATS = ("torch", "torch_dist")
 _SIZES = (
     ("--tp", "--tensor-model-parallel-size", "ranks that share every layer"),
@@ -178,6 +184,7 @@ def build_parser() -> argparse.ArgumentParser:
     _diff(commands)
     _verify(commands)
     _generate(commands)
+    _estimate(commands)
     return parser
 
 
@@ -213,7 +220,10 @@ def _add_source_options(parser: argparse.ArgumentParser) -> None:
         help="a Megatron argument the checkpoint lacks or has wrong; may be repeated",
     )
     parser.add_argument(
-        "--config", metavar="FILE", help="a JSON file of such arguments; --set wins over it"
+        "--config",
+        metavar="FILE_OR_FOLDER",
+        help="a file of such arguments (JSON, or NAME: VALUE lines), a folder with the config.json "
+        "of an MTT model, or a preset such as megatron-gpt2-345m; --set wins over it",
     )
     parser.add_argument(
         "--skip-key",
@@ -288,6 +298,7 @@ def _convert(commands: argparse._SubParsersAction[_Parser]) -> None:
         "mtt convert /checkpoints/gpt out --tokenizer gpt2-vocab.json --dtype bfloat16",
         "mtt convert /checkpoints/gpt out --dry-run",
         "mtt convert /checkpoints/gpt out --model-type auto",
+        "mtt convert /checkpoints/345m out --config megatron-gpt2-345m",
         "mtt convert /checkpoints/gpt new --to torch --tp 4 --pp 2",
         "mtt convert llama-folder new --to torch_dist --tp 8",
         "mtt convert llama-folder out --to hf --model-type mtt",
@@ -316,8 +327,8 @@ def _convert(commands: argparse._SubParsersAction[_Parser]) -> None:
     parser.add_argument(
         "--tokenizer",
         metavar="PATH",
-        help="a folder, vocab.json beside merges.txt, tokenizer.json, or none; "
-        "default: what the checkpoint names, if it is there",
+        help="a folder, vocab.json beside merges.txt, tokenizer.json, a SentencePiece .model, "
+        "tiktoken's ranks, or none; default: what the checkpoint names, if it is there",
     )
     parser.add_argument(
         "--vocab-padding",
@@ -438,49 +449,70 @@ def _generate(commands: argparse._SubParsersAction[_Parser]) -> None:
     _add_json(parser)
 
 
+def _estimate(commands: argparse._SubParsersAction[_Parser]) -> None:
+    parser = _command(
+        commands,
+        "estimate",
+        "say on how many GPUs a model fits, in which layout, and with which command",
+        "mtt estimate mt-nlg-530b --gpus 16 --gpu-memory 80GB",
+        "mtt estimate out --gpus 1 --gpu-memory 24GB --sequence-length 4096 --batch-size 8",
+        "mtt estimate /checkpoints/gpt --gpus 8 --gpu-memory 80GB --json",
+    )
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help="a Megatron checkpoint, a folder with a config.json, or a preset of hub_configs/",
+    )
+    parser.add_argument("--gpus", type=int, required=True, metavar="N", help="how many there are")
+    parser.add_argument(
+        "--gpu-memory", required=True, metavar="SIZE", help="of one: 80GB, 141GB, 24GiB"
+    )
+    parser.add_argument(
+        "--gpu-bandwidth",
+        default="3.35TB",
+        metavar="SIZE",
+        help="bytes a second that one reads from its memory (default: 3.35TB, an H100 SXM's; an "
+        "A100 80GB's is 2TB)",
+    )
+    parser.add_argument(
+        "--sequence-length",
+        type=int,
+        metavar="N",
+        help="tokens of a prompt and its answer (default: 2048, or the model's longest)",
+    )
+    parser.add_argument(
+        "--batch-size", type=int, default=1, metavar="N", help="prompts at once (default: 1)"
+    )
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        help="element type of weights and KV cache (default: auto, the model's)",
+    )
+    _add_source_options(parser)
+    _add_json(parser)
+
+
 def overrides(args: argparse.Namespace) -> dict[str, object]:
     """The values of `--config` and `--set`.
 
     Raises:
-        UsageError: something is not NAME=VALUE, or the file is no JSON object.
+        UsageError: something is not NAME=VALUE, or `--config` names nothing that can be used.
     """
+    from .config_file import read_config_file, value_of
+
     values: dict[str, object] = {}
     if args.config is not None:
-        values.update({_name(name): value for name, value in _config(args.config).items()})
+        said = read_config_file(args.config)
+        values.update({_name(name): value for name, value in said.items()})
     for text in args.set:
         name, equals, value = text.partition("=")
         if not name or not equals:
             raise UsageError(f"--set {text} is not understood", expected="--set NAME=VALUE")
-        values[_name(name)] = _value(value)
+        values[_name(name)] = value_of(value)
     return values
-
-
-def _config(path: str) -> dict[str, object]:
-    found = "text that is no JSON object"
-    try:
-        with open(path, encoding="utf-8") as file:
-            values = json.load(file)
-        if isinstance(values, dict):
-            return values
-    except (OSError, ValueError, RecursionError) as error:
-        found = str(error)
-    raise UsageError(
-        f"{path} cannot be used",
-        found=found,
-        expected="a JSON object of Megatron arguments",
-    )
 
 
 def _name(text: str) -> str:
     """The name of an argument, however it was spelled: `--hidden-size` is `hidden_size`."""
     return text.strip().lstrip("-").replace("-", "_")
-
-
-def _value(text: str) -> object:
-    words: dict[str, object] = {"true": True, "false": False, "none": None, "null": None}
-    if text.lower() in words:
-        return words[text.lower()]
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-        return text

@@ -79,14 +79,14 @@ def choose_tokenizer(
     if choice == "none":
         return Tokenizer()
     if choice is not None:
-        return read_tokenizer(choice)
+        return read_tokenizer(choice, checkpoint.args)
     named = [checkpoint.args.get(n) for n in ("tokenizer_model", "vocab_file")]
     paths = [name for name in named if isinstance(name, str) and name]
     roots = (checkpoint.folder, os.path.dirname(checkpoint.folder))
     for path in paths:
         for candidate in (path, *(os.path.join(root, path) for root in roots)):
             if os.path.exists(candidate):
-                return read_tokenizer(candidate)
+                return read_tokenizer(candidate, checkpoint.args)
     if warnings is None:
         return Tokenizer()
     if checkpoint.config:

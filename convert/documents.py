@@ -1,4 +1,4 @@
-"""The small files of a Hugging Face folder: configuration, code, card.
+"""The small files of a Hugging Face folder: configuration and code.
 
 Written without importing transformers; `modeling_mtt` is found but not imported.
 """
@@ -9,7 +9,6 @@ import importlib.util
 import os
 from collections.abc import Mapping
 
-from .architecture import Architecture
 from .argument_tables import NOTHING
 from .checkpoint import Checkpoint
 from .errors import MTTError, SourceError
@@ -105,7 +104,7 @@ def modeling_files(family: Family) -> dict[str, bytes]:
 
 
 def source_facts(checkpoint: Checkpoint) -> dict[str, object]:
-    """Where the weights came from, for the manifest and the card."""
+    """Where the weights came from, for the manifest."""
     return {
         "name": os.path.basename(checkpoint.folder),
         "format": checkpoint.format,
@@ -114,78 +113,3 @@ def source_facts(checkpoint: Checkpoint) -> dict[str, object]:
         "iteration": checkpoint.iteration,
         "converted_by": f"mtt {__version__}",
     }
-
-
-def model_card(
-    checkpoint: Checkpoint,
-    family: Family,
-    architecture: Architecture,
-    num_parameters: int,
-    dtype: str,
-) -> bytes:
-    """`README.md`: what the model is, where it came from, how to load it."""
-    a, facts = architecture, source_facts(checkpoint)
-    samples = checkpoint.args.get("consumed_train_samples")
-    length = checkpoint.args.get("seq_length")
-    from_megatron = not checkpoint.config
-    rows = [
-        ("Parameters", f"{num_parameters:,}"),
-        ("Layers", a.num_layers),
-        ("Hidden size", a.hidden_size),
-        ("MLP size", f"{a.ffn_hidden_size}{', gated' if a.gated_linear_unit else ''}"),
-        ("Attention heads", f"{a.num_attention_heads} of {a.kv_channels}"),
-        ("Key/value heads", a.num_query_groups),
-        ("Activation", a.activation),
-        ("Norm", a.normalization),
-        ("Positions", f"{a.position_embedding_type}, {a.max_position_embeddings}"),
-        ("Vocabulary", a.vocab_size or a.padded_vocab_size),
-        ("Element type", dtype),
-    ]
-    if from_megatron:
-        rows.append(("Source", f"Megatron {facts['format']}, {facts['layout']}"))
-        rows.append(("Iteration", facts["iteration"] or "release"))
-    else:
-        rows.append(("Source", f"Hugging Face {facts['dialect']}"))
-    if isinstance(samples, int) and isinstance(length, int) and samples:
-        rows.append(("Tokens seen", f"{samples * length:,}"))
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
-    tags = ["mtt", *(["megatron"] if from_megatron else [])] if family.code else ["megatron"]
-    if not from_megatron and not family.code:
-        tags = [family.name]
-    source = "a Megatron checkpoint" if from_megatron else f"a {facts['dialect']} folder"
-    text = f"""\
----
-library_name: transformers
-pipeline_tag: text-generation
-tags:
-{chr(10).join(f"- {tag}" for tag in tags)}
----
-
-# {"Megatron-Turing model" if family.code else family.causal_lm}
-
-| | |
-|---|---|
-{table}
-
-Converted from {source} by {facts["converted_by"]}; `mtt_manifest.json` has a hash
-of every tensor, and `mtt verify` compares them with the files.
-
-## Use
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained(path{", trust_remote_code=True" * bool(family.code)})
-tokenizer = AutoTokenizer.from_pretrained(path)
-```
-{_CODE_NOTE if family.code else ""}
-## License
-
-To be filled in by whoever publishes this model.
-"""
-    return text.encode()
-
-
-_CODE_NOTE = """
-With `pip install modeling-mtt` and `import modeling_mtt`, `trust_remote_code` is not needed.
-"""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from .architecture import Architecture
+from .card import model_card
 from .checkpoint import Checkpoint
 from .conversion import (
     Conversion,
@@ -15,7 +16,7 @@ from .conversion import (
     stored_tokens,
     true_vocabulary,
 )
-from .documents import config_json, generation_json, model_card, modeling_files, special_tokens
+from .documents import config_json, generation_json, modeling_files, special_tokens
 from .errors import UsageError
 from .families import FAMILIES, Family, exact_families
 from .formats.hf_safetensors import INDEX, plan_files
@@ -69,7 +70,7 @@ def plan_conversion(
     documents = {
         **modeling_files(family),
         **words.files,
-        "README.md": model_card(checkpoint, family, architecture, count, stored),
+        "README.md": model_card(checkpoint, family, architecture, count, stored, words),
         "generation_config.json": generation_json(checkpoint, tokens),
         **({INDEX: index} if index is not None else {}),
         "config.json": config_json(family, fields, stored, tokens),

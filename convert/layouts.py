@@ -115,6 +115,11 @@ def _check_sizes(a: Architecture, layout: Layout) -> None:
         )
 
 
+def tensor_parallel_sizes(a: Architecture, most: int) -> list[int]:
+    """The sizes up to `most` that tensor parallelism can have."""
+    return [size for size in range(1, most + 1) if _can_be_tensor_parallel(a, size)]
+
+
 def _can_be_tensor_parallel(a: Architecture, tp: int) -> bool:
     """Whether every split dimension divides; groups may also be cut, as Megatron-Core 0.16 does."""
     split = (a.num_attention_heads, a.ffn_hidden_size, a.qkv_size)

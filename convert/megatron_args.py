@@ -247,6 +247,11 @@ def launch_flags(args: Mapping[str, object]) -> list[list[str]]:
     return flags
 
 
+def quoted_flags(flags: list[list[str]]) -> list[str]:
+    """Each flag with its value as a line of a shell script."""
+    return [" ".join(shlex.quote(word) for word in flag) for flag in flags]
+
+
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
@@ -268,7 +273,7 @@ def launch_script(
         true_vocab_size: tokens of the vocabulary, padding left out.
         version: mtt's.
     """
-    flags = [" ".join(shlex.quote(word) for word in flag) for flag in launch_flags(args)]
+    flags = quoted_flags(launch_flags(args))
     if tokenizer_folder is not None:
         flags.append(
             f'--tokenizer-type HuggingFaceTokenizer --tokenizer-model "$HERE/{tokenizer_folder}"'

@@ -3,8 +3,11 @@
     HF folder                      copied: tokenizer.json, tokenizer_config.json, ...
     GPT-2 vocab.json + merges.txt  copied, with a tokenizer_config.json (names may have a prefix)
     tokenizer.json                 copied, with a tokenizer_config.json
+    SentencePiece .model           copied, with a tokenizer.json of the same ids
+    tiktoken ranks                 a tokenizer.json of the same ids; .tiktoken, or Megatron's JSON
 
-Nothing is downloaded and no tokenizer library is loaded.
+A chat_template.jinja beside any of them is copied too. Nothing is downloaded and no tokenizer
+library is loaded.
 """
 
 from __future__ import annotations
@@ -12,8 +15,11 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from . import tokenizer_sentencepiece as sentencepiece
+from . import tokenizer_tiktoken as tiktoken
+from .argument_tables import NOTHING, Arguments
 from .errors import SourceError, UnsupportedError, UsageError
 from .plan import document
 
@@ -27,7 +33,19 @@ _FOLDER_FILES = (
     "tokenizer.model",
     "chat_template.jinja",
 )
+_CHAT_TEMPLATE = "chat_template.jinja"
 _END_OF_TEXT = "<|endoftext|>"
+# What a tokenizer.json alone does not say: names that tokenizers of Megatron models give to them.
+_MEANINGS = {
+    "bos": ("<|begin_of_text|>", "<s>", _END_OF_TEXT),
+    "eos": (_END_OF_TEXT, "<|end_of_text|>", "</s>"),
+    "pad": ("<pad>", "<|pad|>"),
+    "unk": ("<unk>",),
+}
+_EXPECTED = (
+    "a folder, a vocab.json beside its merges.txt, a tokenizer.json, a SentencePiece .model, or "
+    "tiktoken's ranks"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,33 +75,59 @@ def has_tokenizer(folder: str) -> bool:
     return has("tokenizer.json") or any(has(a) and has(b) for a, b in pairs)
 
 
-def read_tokenizer(path: str) -> Tokenizer:
-    """The tokenizer at a path: a folder, a vocab.json with its merges, or a tokenizer.json.
+def read_tokenizer(path: str, args: Arguments = NOTHING) -> Tokenizer:
+    """The tokenizer at a path: a folder, or one of the files the module's docstring names.
+
+    Args:
+        path: of the folder or the file.
+        args: Megatron's arguments, which say what a file alone does not: special tokens, and
+            whether texts begin with one.
 
     Raises:
-        UsageError: there is no tokenizer at the path.
-        UnsupportedError: it is of a kind mtt cannot write yet.
+        UsageError: there is no tokenizer at the path, or it does not say everything.
+        UnsupportedError: it is of a kind mtt cannot write.
         SourceError: a file is not readable.
     """
     if os.path.isdir(path):
-        return _from_folder(path)
+        return _from_folder(path, args)
     if not os.path.isfile(path):
         raise UsageError(
             f"there is no tokenizer at {path}",
-            expected="a folder, a vocab.json beside its merges.txt, or a tokenizer.json",
+            expected=_EXPECTED,
             fix="give another path, or --tokenizer none",
         )
-    name = os.path.basename(path)
+    return _with_chat_template(_from_file(path, args), os.path.dirname(path))
+
+
+def _from_file(path: str, args: Arguments) -> Tokenizer:
+    name, data = os.path.basename(path), _bytes(path)
+    if tiktoken.is_ranks(data):
+        beside = f"{path}.json"
+        said = _bytes(beside) if os.path.isfile(beside) else None
+        return _from_ranks(tiktoken.read_ranks(data, name, said))
+    if data.lstrip()[:1] == b"[" and name.endswith(".json"):
+        values = _parsed(data, name)
+        if tiktoken.is_megatron_ranks(values):
+            return _from_ranks(tiktoken.read_megatron_ranks(values, name, args))
     if name.endswith("tokenizer.json"):
-        return _from_tokenizer_json(_bytes(path))
+        return _from_tokenizer_json(data)
     if name.endswith((".txt", ".json", ".bpe")):
         return _from_vocab(path)
+    if sentencepiece.is_sentencepiece(data):
+        return _from_sentencepiece(data, name, args)
     raise UnsupportedError(
-        f"{path} is a tokenizer mtt cannot write yet",
+        f"{path} is a tokenizer mtt cannot write",
         found=name,
-        expected="a folder, a vocab.json beside its merges.txt, or a tokenizer.json",
+        expected=_EXPECTED,
         fix="give its Hugging Face files with --tokenizer PATH, or --tokenizer none",
     )
+
+
+def _with_chat_template(tokenizer: Tokenizer, folder: str) -> Tokenizer:
+    path = os.path.join(folder, _CHAT_TEMPLATE)
+    if _CHAT_TEMPLATE in tokenizer.files or not os.path.isfile(path):
+        return tokenizer
+    return replace(tokenizer, files={**tokenizer.files, _CHAT_TEMPLATE: _bytes(path)})
 
 
 def _bytes(path: str) -> bytes:
@@ -94,26 +138,29 @@ def _bytes(path: str) -> bytes:
         raise SourceError(f"{path} cannot be read", found=str(error)) from error
 
 
-def _json(data: bytes, name: str) -> dict[str, object]:
+def _parsed(data: bytes, name: str) -> object:
     try:
-        value = json.loads(data)
+        value: object = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise SourceError(f"{name} is no readable JSON", found=str(error)) from error
+    return value
+
+
+def _json(data: bytes, name: str) -> dict[str, object]:
+    value = _parsed(data, name)
     if not isinstance(value, dict):
         raise SourceError(f"{name} is no JSON object", found=type(value).__name__)
     return value
 
 
-def _from_folder(path: str) -> Tokenizer:
+def _from_folder(path: str, args: Arguments) -> Tokenizer:
     files = {
         name: _bytes(os.path.join(path, name))
         for name in _FOLDER_FILES
         if os.path.isfile(os.path.join(path, name))
     }
     if "tokenizer_config.json" not in files:
-        if "tokenizer.json" in files:
-            return _from_tokenizer_json(files["tokenizer.json"])
-        return _from_vocab(os.path.join(path, _find(path, "vocab.json")))
+        return _with_chat_template(_from_file(_main_file(path, files), args), path)
     config = _json(files["tokenizer_config.json"], "tokenizer_config.json")
     ids = _token_ids(files)
     special = {
@@ -128,14 +175,72 @@ def _from_folder(path: str) -> Tokenizer:
     )
 
 
+def _main_file(folder: str, files: Mapping[str, bytes]) -> str:
+    """The file to begin with in a folder without a tokenizer_config.json."""
+    if "tokenizer.json" in files:
+        return os.path.join(folder, "tokenizer.json")
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError as error:
+        raise SourceError(f"{folder} cannot be read", found=str(error)) from error
+    for ending in (".model", ".tiktoken"):
+        if found := [name for name in names if name.endswith(ending)]:
+            return os.path.join(folder, found[0])
+    return os.path.join(folder, _find(folder, "vocab.json"))
+
+
 def _from_tokenizer_json(data: bytes) -> Tokenizer:
-    ids = _token_ids({"tokenizer.json": data})
-    end = ids.get(_END_OF_TEXT)
-    config: dict[str, object] = {"tokenizer_class": "PreTrainedTokenizerFast"}
-    if end is not None:
-        config |= {"bos_token": _END_OF_TEXT, "eos_token": _END_OF_TEXT}
+    return _fast(data, _token_ids({"tokenizer.json": data}))
+
+
+def _from_ranks(ranks: tiktoken.Ranks) -> Tokenizer:
+    ids = {**ranks.special_tokens, **{str(n): n for n in ranks.tokens.values()}}
+    meanings = {"bos": ranks.bos, "eos": ranks.eos, "pad": ranks.pad}
+    return _fast(document(tiktoken.tokenizer_json(ranks)), ids, meanings)
+
+
+def _from_sentencepiece(data: bytes, name: str, args: Arguments) -> Tokenizer:
+    """A `.model`, with what Megatron's tokenizer of that type adds to it."""
+    model, trained_with = sentencepiece.read_model(data, name), args.get("tokenizer_type")
+    more: list[str] = []
+    meanings = {kind: model.token(kind) for kind in ("bos", "eos", "pad", "unk")}
+    if trained_with == "SentencePieceTokenizer":
+        more = sentencepiece.megatron_tokens(model, args.get("vocab_extra_ids"))
+        meanings["eos"] = "<EOD>"
+    content = sentencepiece.tokenizer_json(
+        model, name, add_bos=trained_with == "Llama2Tokenizer", more=more
+    )
+    texts = [*(piece.text for piece in model.pieces), *more]
+    ids = {text: number for number, text in enumerate(texts)}
+    tokenizer = _fast(document(content), ids, meanings)
+    return replace(tokenizer, files={**tokenizer.files, "tokenizer.model": data})
+
+
+def _fast(
+    data: bytes, ids: Mapping[str, int], meanings: Mapping[str, str | None] | None = None
+) -> Tokenizer:
+    """A tokenizer.json with the tokenizer_config.json it needs.
+
+    Args:
+        data: its content.
+        ids: token -> id.
+        meanings: which token is which; None goes by their usual names.
+    """
+    if meanings is None:
+        meanings = {
+            kind: next((name for name in names if name in ids), None)
+            for kind, names in _MEANINGS.items()
+        }
+    named = {kind: text for kind, text in meanings.items() if text is not None}
+    config: dict[str, object] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        **{f"{kind}_token": text for kind, text in named.items()},
+    }
+    special = {kind: ids[named[kind]] if kind in named else None for kind in ("bos", "eos", "pad")}
     files = {"tokenizer.json": data, "tokenizer_config.json": document(config)}
-    return Tokenizer(files, max(ids.values()) + 1 if ids else None, end, end)
+    size = max(ids.values()) + 1 if ids else None
+    return Tokenizer(files, size, special["bos"], special["eos"], special["pad"])
 
 
 def _from_vocab(path: str) -> Tokenizer:
@@ -194,6 +299,12 @@ def _token_ids(files: Mapping[str, bytes]) -> dict[str, int]:
                     name, f"an added token {_short(token)}", "tokens with id and content"
                 )
             ids[content] = token.get("id")
+    elif "tokenizer.model" in files and sentencepiece.is_sentencepiece(files["tokenizer.model"]):
+        name = "tokenizer.model"
+        pieces = sentencepiece.read_model(files[name], name).pieces
+        ids |= {piece.text: number for number, piece in enumerate(pieces)}
+        if "added_tokens.json" in files:
+            ids |= _json(files["added_tokens.json"], "added_tokens.json")
     elif "vocab.json" in files:
         name = "vocab.json"
         ids |= _json(files[name], name)

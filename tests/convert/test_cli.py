@@ -20,7 +20,7 @@ from mtt_convert.commands import convert as convert_command
 from mtt_convert.version import __version__
 
 SAMPLE = str(Path(__file__).parents[2] / "convert" / "sample")
-COMMANDS = ("demo", "inspect", "convert", "diff", "verify", "generate")
+COMMANDS = ("demo", "inspect", "convert", "diff", "verify", "generate", "estimate")
 SHARED = {
     "schema", "command", "status", "source", "output", "tensors", "bytes", "dropped", "warnings",
     "hashes", "seconds", "peak_rss",

@@ -419,7 +419,7 @@ def test_a_megatron_llama_needs_no_code_of_ours(golden: Callable, tmp_path: Path
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert "auto_map" not in config and config["architectures"] == ["LlamaForCausalLM"]
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "from_pretrained(path)\n" in card
+    assert 'from_pretrained(path, device_map="auto")\n' in card
     assert "trust_remote_code" not in card and "modeling-mtt" not in card and "- mtt" not in card
     reference = golden("mcore/llama/logits.npz")
     code = f"""

@@ -68,7 +68,8 @@ def test_special_tokens_reach_both_configurations(tmp_path: Path) -> None:
     ("name", "content", "error"),
     [
         ("nothing-here", None, UsageError),
-        ("tok.model", b"\x0a", UnsupportedError),
+        ("tok.model", b"\x0a", SourceError),
+        ("tok.model", b"PK", UnsupportedError),
         ("tokenizer.json", b"{", SourceError),
         ("tokenizer.json", b"[" * 100_000, SourceError),
         ("tokenizer.json", b'{"added_tokens": [{"id": 1}]}', SourceError),

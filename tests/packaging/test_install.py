@@ -185,6 +185,18 @@ def test_sample_is_found_beside_the_code(installed: Environment):
     assert set(installed.python("-c", code).split()) - {"__pycache__"} == shipped
 
 
+def test_presets_are_found_by_name(installed: Environment):
+    """The table is in the package: `hub_configs/` is not installed, and needs not be."""
+    options = ("--gpus", "16", "--gpu-memory", "80GB")
+    text = call(installed.scripts / "mtt", "estimate", "mt-nlg-530b", *options, cwd=installed.cwd)
+    assert "mt-nlg-530b: 529,581,506,560 parameters" in text
+    code = (
+        "from mtt_convert.config_file import read_config_file as read\n"
+        "print(read('megatron-gpt2-345m')['num_attention_heads'])"
+    )
+    assert installed.python("-c", code) == "16\n"
+
+
 @pytest.mark.parametrize("module", ["torch", "transformers", "numpy", "huggingface_hub"])
 def test_import_is_light(installed: Environment, module: str):
     assert module not in installed.last_line(AFTER_IMPORT)["loaded"]

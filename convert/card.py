@@ -1,0 +1,206 @@
+"""`README.md` of a Hugging Face folder: what the model is, where it came from, how to load it."""
+
+from __future__ import annotations
+
+from .architecture import Architecture
+from .checkpoint import Checkpoint
+from .families import Family
+from .layouts import tensor_parallel_sizes
+from .manifest import NAME as MANIFEST
+from .tokenizer import Tokenizer
+from .version import __version__
+
+_MOST_GPUS = 8  # of the example: those of one machine
+Rows = list[tuple[str, object]]
+
+
+def model_card(
+    checkpoint: Checkpoint,
+    family: Family,
+    architecture: Architecture,
+    num_parameters: int,
+    dtype: str,
+    tokenizer: Tokenizer,
+) -> bytes:
+    """The card, with the metadata that the Hub reads; its license is the publisher's to fill in.
+
+    Args:
+        checkpoint: where the weights come from.
+        family: the class that is written.
+        architecture: the model, with the vocabulary that is written.
+        num_parameters: elements of all tensors that are written.
+        dtype: the element type most of them have.
+        tokenizer: what is written of it.
+    """
+    has_code = family.code is not None
+    title = "Megatron-Turing model" if has_code else family.causal_lm
+    text = f"""\
+---
+# license: fill in the identifier of yours, see https://huggingface.co/docs/hub/repositories-licenses
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+{_list(_tags(checkpoint, family))}
+---
+
+# {title}
+
+{_table(_model_rows(architecture, num_parameters, dtype))}
+
+## Origin
+
+{_table(_origin_rows(checkpoint))}
+
+`{MANIFEST}` has a hash of every tensor and file, with which `mtt verify FOLDER` compares them.
+
+## Use
+
+On one GPU, or on a CPU:
+
+```python
+{_python(family, tokenizer)}
+```
+{_CODE_NOTE if has_code else ""}
+{_several(architecture, family)}
+## License
+
+To be filled in by whoever publishes this model.
+"""
+    return text.encode()
+
+
+def _tags(checkpoint: Checkpoint, family: Family) -> list[str]:
+    own = "mtt" if family.code is not None else family.name
+    return [own] if checkpoint.config else [own, "megatron"]
+
+
+def _list(items: list[str]) -> str:
+    return "\n".join(f"- {item}" for item in items)
+
+
+def _table(rows: Rows) -> str:
+    lines = [f"| {name} | {value} |" for name, value in rows if value not in (None, "")]
+    return "\n".join(["| | |", "|---|---|", *lines])
+
+
+def _model_rows(a: Architecture, num_parameters: int, dtype: str) -> Rows:
+    gate = ", gated" if a.gated_linear_unit else ""
+    centred = ", weights stored minus one" if a.layernorm_zero_centered_gamma else ""
+    biases = "all linear layers" if a.add_bias_linear else "queries, keys and values"
+    return [
+        ("Parameters", f"{num_parameters:,}"),
+        ("Layers", a.num_layers),
+        ("Hidden size", a.hidden_size),
+        ("MLP size", f"{a.ffn_hidden_size}{gate}"),
+        ("Attention heads", f"{a.num_attention_heads} of {a.kv_channels}"),
+        ("Key/value heads", a.num_query_groups),
+        ("Norm of queries and keys", "yes" if a.qk_layernorm else None),
+        ("Activation", a.activation),
+        ("Norm", f"{a.normalization}, epsilon {a.layernorm_epsilon:g}{centred}"),
+        ("Residuals", "parallel" if a.parallel_residual else None),
+        ("Biases", biases if a.has_qkv_bias else "none"),
+        ("Positions", _positions(a)),
+        ("Window", _window(a)),
+        ("Vocabulary", f"{a.vocab_size or a.padded_vocab_size:,}"),
+        ("Head", "its own" if a.untie_embeddings_and_output_weights else "tied to the embedding"),
+        ("Element type", dtype),
+    ]
+
+
+def _positions(a: Architecture) -> str:
+    length = f"{a.max_position_embeddings:,}"
+    if a.position_embedding_type != "rope":
+        return {"none": "none"}.get(a.position_embedding_type, f"learned, {length}")
+    facts = [f"rotary, {length}", f"base {a.rotary_base:g}"]
+    if a.rotary_percent != 1:
+        facts.append(f"{a.rotary_percent:.0%} of each head")
+    if a.rotary_interleaved:
+        facts.append("interleaved")
+    if a.rope_scaling_factor is not None:
+        facts.append(f"Llama 3 scaling by {a.rope_scaling_factor:g}")
+    if a.rotary_seq_len_interpolation_factor is not None:
+        facts.append(f"linear scaling by {a.rotary_seq_len_interpolation_factor:g}")
+    return ", ".join(facts)
+
+
+def _window(a: Architecture) -> str | None:
+    count = sum(a.windowed_layers)
+    return f"{a.window_size[0] + 1:,} tokens in {count} layers" if a.window_size and count else None
+
+
+def _origin_rows(checkpoint: Checkpoint) -> Rows:
+    converted = ("Converted by", f"mtt {__version__}")
+    if checkpoint.config:
+        return [("Source", f"a {checkpoint.dialect} folder of Hugging Face"), converted]
+    iteration = checkpoint.iteration
+    return [
+        ("Source", f"a Megatron checkpoint, format {checkpoint.format}"),
+        ("Parameter names", checkpoint.dialect),
+        ("Layout", f"{checkpoint.layout}, {checkpoint.num_files} files"),
+        ("Iteration", "release" if iteration is None else f"{iteration:,}"),
+        ("Tokens seen", _tokens_seen(checkpoint)),
+        ("Trained in", checkpoint.architecture.params_dtype),
+        converted,
+    ]
+
+
+def _tokens_seen(checkpoint: Checkpoint) -> str | None:
+    """`consumed_train_samples` times `seq_length`; None where the arguments do not say both.
+
+    Sequences that grew while training (`--seq-length` warmup of DeepSpeed) are counted in full.
+    """
+    samples = checkpoint.args.get("consumed_train_samples")
+    length = checkpoint.args.get("seq_length")
+    if type(samples) is not int or type(length) is not int or samples < 1 or length < 1:
+        return None
+    return f"{samples * length:,} ({samples:,} sequences of {length:,})"
+
+
+_CODE_NOTE = """
+With `pip install modeling-mtt` and `import modeling_mtt`, `trust_remote_code` is not needed.
+"""
+
+
+def _python(family: Family, tokenizer: Tokenizer) -> str:
+    trust = ", trust_remote_code=True" if family.code else ""
+    if not tokenizer.files:
+        return f"""\
+from transformers import AutoModelForCausalLM
+
+path = "FOLDER"
+model = AutoModelForCausalLM.from_pretrained(path, device_map="auto"{trust})"""
+    return f"""\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+path = "FOLDER"
+model = AutoModelForCausalLM.from_pretrained(path, device_map="auto"{trust})
+tokenizer = AutoTokenizer.from_pretrained(path)
+inputs = tokenizer("Once upon a time", return_tensors="pt").to(model.device)
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=32)[0]))"""
+
+
+def _several(a: Architecture, family: Family) -> str:
+    """Commands for several GPUs, with a size that divides the model; nothing where none does."""
+    tp = max(tensor_parallel_sizes(a, _MOST_GPUS))
+    if tp == 1:
+        return ""
+    plugin = " (`pip install modeling-mtt` beside vLLM)" if family.code else ""
+    return f"""\
+On several GPUs, {tp} for example, started by `torchrun --nproc-per-node {tp} script.py`:
+
+```python
+{"import modeling_mtt" if family.code else "# script.py"}
+from transformers import AutoModelForCausalLM
+from transformers.distributed import DistributedConfig
+
+config = DistributedConfig(tp_size={tp})
+model = AutoModelForCausalLM.from_pretrained("FOLDER", distributed_config=config)
+```
+
+With vLLM{plugin}, and with mtt:
+
+```console
+$ vllm serve FOLDER --tensor-parallel-size {tp}
+$ mtt generate FOLDER --tp {tp} --prompt "Once upon a time"
+```
+"""
