@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.attention.varlen import varlen_attn
 from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
 from transformers.modeling_flash_attention_utils import (
     _is_packed_sequence,
@@ -24,11 +25,6 @@ from transformers.utils import (
     logging,
 )
 
-try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # torch < 2.10
-    varlen_attn = None
-
 logger = logging.get_logger(__name__)
 
 TORCH_VARLEN = "torch_varlen"
@@ -37,7 +33,7 @@ FLASH_ATTENTION = ("flash_attention_2", "flash_attention_3", "flash_attention_4"
 
 def available_implementation(requested: str | None) -> str | None:
     """Return `torch_varlen` for a FlashAttention that no installed package has, on a GPU."""
-    if requested not in FLASH_ATTENTION or varlen_attn is None or not torch.cuda.is_available():
+    if requested not in FLASH_ATTENTION or not torch.cuda.is_available():
         return requested
     if (
         is_flash_attn_2_available()
@@ -119,7 +115,7 @@ def torch_varlen_attention_forward(
         Output `[batch, queries, heads, head_dim]`, and None.
 
     Raises:
-        `ValueError`: this PyTorch, device, dtype or dropout cannot be served.
+        `ValueError`: this device, dtype or dropout cannot be served, or this PyTorch no window.
     """
     _check_varlen(query, dropout)
     batch_size, _, num_queries, _ = query.shape
@@ -146,18 +142,13 @@ def torch_varlen_attention_forward(
             )
             max_lengths = num_queries, num_keys
 
-    output = _varlen(query, key, value, *cu_seq_lens, *max_lengths, scaling, sliding_window)
+    output = _varlen((query, key, value), cu_seq_lens, max_lengths, scaling, sliding_window)
     if padding is not None:
         return _pad_input(output, padding, batch_size, num_queries), None
     return output.unflatten(0, (batch_size, num_queries)), None
 
 
 def _check_varlen(query: torch.Tensor, dropout: float) -> None:
-    if varlen_attn is None:
-        raise ValueError(
-            f"attn_implementation='{TORCH_VARLEN}' needs torch.nn.attention.varlen: found torch "
-            f"{torch.__version__}, expected 2.10 or newer. Update torch, or use 'sdpa'."
-        )
     if query.dtype not in (torch.float16, torch.bfloat16):
         raise ValueError(
             f"FlashAttention computes in half precision: found {query.dtype}, expected "
@@ -172,17 +163,14 @@ def _check_varlen(query: torch.Tensor, dropout: float) -> None:
 
 
 def _varlen(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    cu_seq_q: torch.Tensor,
-    cu_seq_k: torch.Tensor,
-    max_q: int,
-    max_k: int,
+    states: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    cu_seq_lens: tuple[torch.Tensor, torch.Tensor],
+    max_lengths: tuple[int, int],
     scale: float | None,
     sliding_window: int | None,
 ) -> torch.Tensor:
     """Call the `varlen_attn` of this PyTorch: states `[tokens, heads, head_dim]`."""
+    query, key, value = states
     accepted = inspect.signature(varlen_attn).parameters
     options: dict[str, Any] = {"scale": scale}
     if "window_size" in accepted:
@@ -199,16 +187,17 @@ def _varlen(
             options["enable_gqa"] = True
         else:
             num_groups = query.shape[1] // key.shape[1]
-            key, value = (states.repeat_interleave(num_groups, 1) for states in (key, value))
+            key, value = (each.repeat_interleave(num_groups, 1) for each in (key, value))
     try:
-        output: torch.Tensor = varlen_attn(
-            query, key, value, cu_seq_q, cu_seq_k, int(max_q), int(max_k), **options
+        output = varlen_attn(
+            query, key, value, *cu_seq_lens, *(int(length) for length in max_lengths), **options
         )
     except NotImplementedError as error:
         raise ValueError(
             f"attn_implementation='{TORCH_VARLEN}' runs on GPUs: found {query.device}, expected "
             'a CUDA device. Move the model there, or use attn_implementation="sdpa".'
         ) from error
+    assert isinstance(output, torch.Tensor)
     return output
 
 
@@ -222,7 +211,7 @@ def torch_varlen_mask(
     device: torch.device | str = "cpu",
     **kwargs: Any,
 ) -> torch.Tensor | None:
-    """Return which keys hold a token `[batch, keys]`, or None if all do: static caches have more."""
+    """Return which keys hold a token, `[batch, keys]`: those of a static cache may not yet."""
     num_seen = int(q_offset) + q_length - kv_offset
     if num_seen < kv_length:
         if attention_mask is None:

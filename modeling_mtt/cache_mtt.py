@@ -12,10 +12,13 @@ from .configuration_mtt import MTTConfig
 class MTTDynamicLayer(DynamicLayer):
     """`DynamicLayer` that has room for tokens to come, and does not copy the past for each.
 
-    `keys` and `values` are views `[batch, key_value_heads, sequence, head_dim]` of what is reserved.
+    `keys` and `values` are views `[batch, key_value_heads, sequence, head_dim]` of a larger tensor.
     A tensor that something else put in their place (a crop, a reordered beam) is copied once, and
     what the views of earlier calls show never changes.
     """
+
+    keys: torch.Tensor | None
+    values: torch.Tensor | None
 
     # Of the tokens there are: each is copied about 1 / ROOM times in all.
     ROOM = 0.25
@@ -30,19 +33,20 @@ class MTTDynamicLayer(DynamicLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append states `[batch, key_value_heads, new tokens, head_dim]` and return all there are."""
+        """Append states `[batch, key_value_heads, new tokens, head_dim]` and return them all."""
         # A gradient needs the past as it was; a compiler cannot follow who holds which memory.
-        past = self.keys
+        keys, values = self.keys, self.values
         if (
-            past is None
-            or past.numel() < self.SMALLEST
+            keys is None
+            or values is None
+            or keys.numel() < self.SMALLEST
             or torch.is_grad_enabled()
             or is_tracing(key_states)
         ):
             return super().update(key_states, value_states, *args, **kwargs)
-        self.keys = self._keys.append(past, key_states)
-        self.values = self._values.append(self.values, value_states)
-        return self.keys, self.values
+        self.keys = keys = self._keys.append(keys, key_states)
+        self.values = values = self._values.append(values, value_states)
+        return keys, values
 
 
 class _Growing:
@@ -72,7 +76,7 @@ def growing_cache(config: MTTConfig) -> DynamicCache:
 
 
 def let_grow(cache: Any) -> None:
-    """Give an empty cache of transformers' kind layers that grow in place, where it has a choice."""
+    """Give an empty `DynamicCache` layers that grow in place, where it had the plain ones."""
     if type(cache) is DynamicCache and not cache.offloading:
         cache.layers = [
             MTTDynamicLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers

@@ -1,5 +1,7 @@
 """Matrix products on a CPU by the faster of the two libraries that PyTorch brings."""
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 from torch.nn.modules import module as module_hooks
@@ -8,9 +10,9 @@ from torch.nn.modules import module as module_hooks
 SMALLEST_FOR_ONEDNN = 2**18
 
 # PyTorch multiplies float32 by MKL, which uses one thread for one row and reads weights several
-# times for a few. oneDNN does neither. It has no name in PyTorch's Python but this operator's, which
+# times for a few. oneDNN does neither. It has no name in Python but this operator's, which
 # torch.compile emits for the same reason.
-_ONEDNN = None
+_ONEDNN: Callable[..., torch.Tensor] | None = None
 if torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available():
     _ONEDNN = getattr(getattr(torch.ops.mkldnn, "_linear_pointwise", None), "default", None)
 
@@ -25,13 +27,16 @@ def project(linear: nn.Module, states: torch.Tensor) -> torch.Tensor:
         linear (`nn.Module`): a layer of `[in_features]` to `[out_features]`.
         states (`torch.Tensor`): `[..., in_features]`.
     """
-    if _by_onednn(linear, states):
-        return _ONEDNN(states, linear.weight, linear.bias, "none", [], "")
-    return linear(states)
+    output: torch.Tensor
+    if _ONEDNN is None or torch.compiler.is_compiling() or not _is_plain(linear, states):
+        output = linear(states)
+    else:
+        output = _ONEDNN(states, linear.weight, linear.bias, "none", [], "")
+    return output
 
 
-def _by_onednn(linear: nn.Module, states: torch.Tensor) -> bool:
-    if _ONEDNN is None or torch.compiler.is_compiling() or type(linear) is not nn.Linear:
+def _is_plain(linear: nn.Module, states: torch.Tensor) -> bool:
+    if type(linear) is not nn.Linear:
         return False
     weight = linear.weight
     return (
@@ -43,11 +48,11 @@ def _by_onednn(linear: nn.Module, states: torch.Tensor) -> bool:
         and states.numel() > 0
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
-        and torch.backends.mkldnn.enabled
+        and bool(torch.backends.mkldnn.enabled)
         and "forward" not in linear.__dict__
         and not linear._forward_hooks
         and not linear._forward_pre_hooks
         and not module_hooks._has_any_global_hook()
-        and not torch.jit.is_tracing()
+        and not torch._C._is_tracing()
         and torch._C._len_torch_dispatch_stack() == 0
     )

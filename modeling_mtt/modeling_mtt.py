@@ -105,7 +105,9 @@ class MTTZeroCenteredRMSNorm(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         weight = 1.0 + self.weight.float()
-        return _rms_norm(hidden_states.float(), weight, self.variance_epsilon).to(hidden_states.dtype)
+        return _rms_norm(hidden_states.float(), weight, self.variance_epsilon).to(
+            hidden_states.dtype
+        )
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
@@ -544,8 +546,8 @@ class MTTModel(MTTPreTrainedModel):
 
         position_embeddings = None
         if self.rotary_emb is not None:
-            angles = self.rotary_emb(hidden_states, position_ids=position_ids)
-            position_embeddings = rotation_of_heads(*angles, self.config.rope_interleave)
+            cos, sin = self.rotary_emb(hidden_states, position_ids=position_ids)
+            position_embeddings = rotation_of_heads(cos, sin, self.config.rope_interleave)
         if "distances" in masks:
             kwargs["distances"] = masks["distances"]
 

@@ -231,9 +231,7 @@ class TorchVarlen:
         assert isinstance(max_q, int) and isinstance(max_k, int)
         assert window_size[1] == 0, "causal"
         self.calls.append("packed")
-        return _packed(
-            query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale, window_size[0]
-        )
+        return _packed(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale, window_size[0])
 
 
 class OldTorchVarlen(TorchVarlen):

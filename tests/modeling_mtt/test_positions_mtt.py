@@ -7,12 +7,18 @@ import torch
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from modeling_mtt.positions_mtt import alibi_distances, alibi_slopes, rotate_heads, rotation_of_heads
+from modeling_mtt.positions_mtt import (
+    alibi_distances,
+    alibi_slopes,
+    rotate_heads,
+    rotation_of_heads,
+)
 from tests.modeling_mtt.oracles import ORACLES
 
 
 @pytest.mark.parametrize(
-    ("interleave", "turned"), [(False, [-3.0, -4.0, 1.0, 2.0, 5.0]), (True, [-2.0, 1.0, -4.0, 3.0, 5.0])]
+    ("interleave", "turned"),
+    [(False, [-3.0, -4.0, 1.0, 2.0, 5.0]), (True, [-2.0, 1.0, -4.0, 3.0, 5.0])],
 )
 def test_rotations_turn_pairs_of_the_rotated_part(interleave, turned):
     states = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0]).view(1, 1, 1, 5)

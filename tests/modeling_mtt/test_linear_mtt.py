@@ -1,0 +1,101 @@
+"""oneDNN computes what `nn.Linear` does, and only where nobody would notice."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from modeling_mtt import linear_mtt
+from modeling_mtt.linear_mtt import project
+
+ONEDNN = linear_mtt._ONEDNN
+
+pytestmark = pytest.mark.skipif(ONEDNN is None, reason="this PyTorch has no MKL or no oneDNN")
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """How often oneDNN was called."""
+    seen = []
+
+    def counting(*arguments):
+        seen.append(arguments)
+        return ONEDNN(*arguments)
+
+    monkeypatch.setattr(linear_mtt, "_ONEDNN", counting)
+    monkeypatch.setattr(linear_mtt, "SMALLEST_FOR_ONEDNN", 64)
+    return seen
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(16,), (1, 1, 16), (2, 3, 16), (40, 16)])
+def test_the_product_is_the_same(calls, shape, bias):
+    linear, states = nn.Linear(16, 24, bias=bias), torch.randn(*shape)
+    strided = torch.randn(*shape[:-1], 32)[..., ::2]
+    with torch.no_grad():
+        for each in (states, strided):
+            torch.testing.assert_close(project(linear, each), linear(each))
+    assert len(calls) == 2
+
+
+def with_hook(linear):
+    linear.register_forward_hook(lambda module, arguments, output: output + 1)
+
+
+def with_own_forward(linear):
+    forward = linear.forward
+    linear.forward = lambda states: forward(states) + 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        with_hook,
+        with_own_forward,
+        lambda linear: linear.to(torch.bfloat16),
+        lambda linear: setattr(linear, "weight", nn.Parameter(linear.weight[:3, :16])),
+    ],
+    ids=["hook", "forward", "bfloat16", "small"],
+)
+def test_what_is_no_plain_layer_is_called(calls, change):
+    linear = nn.Linear(16, 24, bias=False)
+    change(linear)
+    states = torch.randn(2, 16, dtype=linear.weight.dtype)
+    with torch.no_grad():
+        assert torch.equal(project(linear, states), linear(states))
+    assert not calls
+
+
+@pytest.mark.filterwarnings("ignore:TF32 acceleration on top of oneDNN:UserWarning")
+def test_where_something_watches(calls):
+    linear, states = nn.Linear(16, 24), torch.randn(2, 16)
+    project(linear, states).sum().backward()
+    assert linear.weight.grad is not None
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        assert project(linear, states).dtype == torch.bfloat16
+    with torch.no_grad(), torch.backends.mkldnn.flags(enabled=False):
+        project(linear, states)
+    with torch.no_grad(), torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+        project(linear, states)
+    assert counter.get_total_flops() == 2 * 2 * 16 * 24
+    torch.compiler.reset()
+    with torch.no_grad():
+        compiled = torch.compile(project, backend="eager", fullgraph=True)(linear, states)
+        assert torch.equal(compiled, linear(states))
+    assert not calls
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_adapters_are_used(tiny_model, calls):
+    peft = pytest.importorskip("peft")
+    model = tiny_model("llama")
+    config = peft.LoraConfig(target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    input_ids = torch.randint(1, 96, (1, 5))
+    with torch.no_grad():
+        plain = model(input_ids).logits
+        num_plain = len(calls)
+        adapted = peft.get_peft_model(model, config)(input_ids).logits
+    assert num_plain == 3 * 7 + 1
+    assert len(calls) == num_plain + 3 * 5 + 1
+    assert not torch.allclose(plain, adapted)
