@@ -22,6 +22,7 @@ from types import TracebackType
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
+TOKEN = "hf_secretsecretsecret"
 LFS_ENDINGS = (".safetensors", ".bin", ".pt", ".distcp")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -10,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -23,35 +24,12 @@ from mtt_convert.cli import main
 from mtt_convert.errors import HubError, TargetError, UsageError
 from mtt_convert.hub import HubPlace, parse_place
 from tests.convert.surgery import edited, model_of
-from tests.hub_server import HubServer
+from tests.hub_server import TOKEN, HubServer
 
 SAMPLE = Path(__file__).parents[2] / "convert" / "sample"
 SHARDS = ("--max-shard-size", "200KB")
-TOKEN = "hf_secretsecretsecret"
 BIAS = "decoder.layers.0.mlp.linear_fc2.bias"
 WEIGHTS = [f"model-0000{number}-of-00005.safetensors" for number in range(1, 6)]
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
-    """A Hub that this process and those it starts talk to."""
-    with HubServer() as server:
-        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_IMPLICIT_TOKEN", False)
-        monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "home"))
-        for name, value in (
-            ("HF_ENDPOINT", server.url),
-            ("HF_HUB_DISABLE_XET", "1"),
-            ("HF_HUB_DISABLE_IMPLICIT_TOKEN", "0"),
-            ("HF_HOME", str(tmp_path / "home")),
-            ("HF_TOKEN", TOKEN),
-        ):
-            monkeypatch.setenv(name, value)
-        server.token = TOKEN
-        yield server
 
 
 @pytest.fixture(scope="module")
@@ -166,6 +144,33 @@ def killed(hub: HubServer, local: dict[str, bytes], tmp_path: Path) -> list[str]
     return sorted(hub.blobs)
 
 
+def test_ctrl_c_ends_it_in_the_middle_of_a_shard(
+    hub: HubServer, local: dict[str, bytes], tmp_path: Path
+) -> None:
+    """Without waiting for the upload; what was sent before counts when it goes on."""
+    arrived = threading.Event()
+
+    def before(method: str, path: str) -> None:
+        if method == "PUT" and len(hub.puts()) == 3:
+            arrived.set()
+            threading.Event().wait(60)
+
+    hub.before = before
+    words = [sys.executable, "-m", "mtt_convert", "convert", str(SAMPLE), "hf://me/model", *SHARDS]
+    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as process:
+        assert arrived.wait(60)
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert error.endswith("200KB --resume\n")
+    assert waiting(tmp_path) == ["state.json"]
+    hub.before = lambda method, path: None
+    hub.requests.clear()
+    assert run("convert", SAMPLE, "hf://me/model", *SHARDS, "--resume") == 0
+    assert len(hub.puts()) == 3
+    assert visible(hub) == local
+
+
 def read_tensors(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """A list that gets the size of every tensor that is read from now on."""
     sizes: list[int] = []
@@ -236,12 +241,16 @@ def test_another_upload_is_not_resumed(
 
 def test_never_more_than_two_shards_are_on_the_disk(hub: HubServer, tmp_path: Path) -> None:
     """With many workers and uploads that are slower than the conversion."""
-    most, done = [0], threading.Event()
+    most, peaks, done = [0], [0], threading.Event()
+    uploads = tmp_path / "home" / "mtt" / "uploads"
 
     def watch() -> None:
         while not done.wait(0.0005):
-            names = [name for name in waiting(tmp_path) if "safetensors" in name]
-            most.append(len({name.removesuffix(".part") for name in names}))
+            with contextlib.suppress(FileNotFoundError):
+                names = [name for name in waiting(tmp_path) if "safetensors" in name]
+                most.append(len({name.removesuffix(".part") for name in names}))
+                paths = [path for path in uploads.rglob("*safetensors*") if path.is_file()]
+                peaks.append(sum(path.stat().st_size for path in paths))
 
     def slow(method: str, path: str) -> None:
         if method == "PUT":
@@ -254,8 +263,10 @@ def test_never_more_than_two_shards_are_on_the_disk(hub: HubServer, tmp_path: Pa
     done.set()
     watcher.join()
     assert code == 0
-    assert len(visible(hub)) > 20
+    sizes = [len(data) for name, data in visible(hub).items() if name.endswith(".safetensors")]
+    assert len(sizes) > 8
     assert max(most) == 2
+    assert max(sizes) < max(peaks) <= sum(sorted(sizes)[-2:])
 
 
 def test_the_same_conversion_is_left_alone(
