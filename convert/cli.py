@@ -48,6 +48,7 @@ examples:
   mtt inspect /checkpoints/gpt                 what is in there, without reading the weights
   mtt convert /checkpoints/gpt out             Megatron shards to a Hugging Face folder
   mtt generate out --prompt "Once upon a time"
+  mtt push out owner/repo                      upload the folder, in one commit
 
 Every command has its own help: mtt convert --help
 """

@@ -201,7 +201,6 @@ class Branch:
                 repo_type="model",
                 repo_id=self.place.repo_id,
                 endpoint=self._api.endpoint,
-                headers=self._api._build_hf_headers(),
             )
         present = {action["oid"] for action in actions if not action.get("actions")}
         return [blob for blob in blobs if blob.sha256 in present]
