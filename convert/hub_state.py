@@ -74,7 +74,9 @@ class UploadState:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(os.path.join(self.folder, _STATE))
         except OSError as error:
-            raise target_error(self.folder, error) from error
+            failure = target_error(self.folder, error)
+            failure.fix = "set HF_HOME to a folder that you may write to and that has room"
+            raise failure from error
 
     def check_space(self, sizes: Iterable[int]) -> None:
         """See that two files of these sizes find room.

@@ -2,9 +2,7 @@
 
 accelerate launch --config_file examples/fsdp.yaml examples/train_fsdp.py out texts.txt trained
 
-Without GPUs, and without the launcher's settings:
-
-torchrun --nproc-per-node 2 examples/train_fsdp.py out texts.txt trained --cpu
+On CPUs: --num_processes 2 --mixed_precision no before the script, --cpu behind its arguments.
 """
 
 import argparse
@@ -30,7 +28,7 @@ def main() -> None:
     parser.add_argument("--cpu", action="store_true")
     args = parser.parse_args()
 
-    # The same as fsdp.yaml, so that torchrun starts the script, too.
+    # The same as fsdp.yaml, so that torchrun can start the script, too.
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2,
         auto_wrap_policy="transformer_based_wrap",
