@@ -18,12 +18,13 @@ PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 PYTEST_FLAGS := -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo oracles test test-lowest test-transformers check format format-check lint types clean
+.PHONY: help demo docs oracles test test-lowest test-transformers check format format-check lint types clean
 
 help:
 	@echo "make demo         convert the sample checkpoint and generate from it"
 	@echo "make test         run the tests"
-	@echo "make check        format check, lint, types, tests"
+	@echo "make docs         build the pages of docs/ into build/docs"
+	@echo "make check        format check, lint, types, docs, tests"
 	@echo "make format       format the code and sort its imports"
 	@echo "make lint         ruff"
 	@echo "make types        mypy"
@@ -39,6 +40,9 @@ demo: $(READY)
 test: $(READY)
 	$(PYTEST) $(VENV)/bin/python -m pytest $(PYTEST_FLAGS)
 
+docs: $(READY)
+	$(VENV)/bin/python -m sphinx --quiet --fail-on-warning --keep-going docs build/docs
+
 oracles: $(READY)
 	$(PYTEST) $(VENV)/bin/python -m tests.modeling_mtt.oracles
 
@@ -46,6 +50,7 @@ check:
 	@$(MAKE) --no-print-directory format-check
 	@$(MAKE) --no-print-directory lint
 	@$(MAKE) --no-print-directory types
+	@$(MAKE) --no-print-directory docs
 	@$(MAKE) --no-print-directory test
 
 format: $(READY)
@@ -80,7 +85,7 @@ define install
 	    echo "  fix:      name one, e.g. make $(MAKECMDGOALS) PYTHON=python3.12"; \
 	    exit 1; } >&2
 	$(PYTHON) -m venv $(1)
-	$(1)/bin/python -m pip install --quiet $(2) --editable '.[test,megatron]'
+	$(1)/bin/python -m pip install --quiet $(2) --editable '.[test,docs,megatron]'
 	@touch $@
 endef
 

@@ -34,8 +34,10 @@ if TYPE_CHECKING:
         UnsupportedError,
         UsageError,
     )
+    from .iterations import convert_iterations
     from .loading import from_megatron
     from .pipeline import Result, convert, open_checkpoint, plan_conversion
+    from .uploading import PushResult, push
 
 _MODULES = {
     "checkpoint": ("Checkpoint",),
@@ -55,9 +57,11 @@ _MODULES = {
         "UnsupportedError",
         "UsageError",
     ),
+    "iterations": ("convert_iterations",),
     "loading": ("from_megatron",),
     "conversion": ("Conversion",),
     "pipeline": ("Result", "convert", "open_checkpoint", "plan_conversion"),
+    "uploading": ("PushResult", "push"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 
@@ -73,6 +77,7 @@ __all__ = [
     "MTTError",
     "MappingError",
     "NotACheckpointError",
+    "PushResult",
     "Result",
     "SourceError",
     "TargetError",
@@ -82,10 +87,12 @@ __all__ = [
     "Verification",
     "__version__",
     "convert",
+    "convert_iterations",
     "diff",
     "from_megatron",
     "open_checkpoint",
     "plan_conversion",
+    "push",
     "verify",
 ]
 

@@ -24,7 +24,7 @@ from .errors import MTTError, UsageError
 from .version import __version__
 
 EXIT_DIFFERENT, EXIT_BUG, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 70, 130, 143
-_COMMANDS = ("demo", "inspect", "convert", "diff", "verify", "generate", "estimate")
+_COMMANDS = ("demo", "inspect", "convert", "diff", "verify", "generate", "estimate", "push")
 _PATHS = {
     "source": "CKPT",
     "target": "OUT",
@@ -54,6 +54,7 @@ examples:
   mtt inspect /checkpoints/gpt                 what is in there, without reading the weights
   mtt convert /checkpoints/gpt out             Megatron shards to a Hugging Face folder
   mtt generate out --prompt "Once upon a time"
+  mtt push out owner/repo                      upload the folder, in one commit
 
 Every command has its own help: mtt convert --help
 """
@@ -78,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _report(args, error.code, error, error.exit_code)
     except KeyboardInterrupt as stop:
         message = "interrupted; nothing that looks whole was left"
-        again = "mtt " + " ".join(map(shlex.quote, arguments))
+        again = "mtt " + " ".join(map(shlex.quote, _resuming(args, arguments)))
         if getattr(args, "json", False):
             _print_json_error(args, "interrupted", MTTError(message, fix=f"again: {again}"))
         print(f"\n{message}\n  again: {printable(again)}", file=sys.stderr)
@@ -90,6 +91,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         message = f"mtt failed: {type(error).__name__}: {error}"
         fix = "this is a bug of mtt: report it with the output of the same command and --debug"
         return _report(args, "bug", MTTError(message, fix=fix), EXIT_BUG)
+
+
+def _resuming(args: argparse.Namespace, arguments: list[str]) -> list[str]:
+    """The command again: an upload goes on where it was."""
+    uploads = args.command == "push" or getattr(args, "target", "").startswith("hf://")
+    return [*arguments, "--resume"] if uploads and "--resume" not in arguments else arguments
 
 
 class _Terminated(KeyboardInterrupt):
@@ -185,6 +192,7 @@ def build_parser() -> argparse.ArgumentParser:
     _verify(commands)
     _generate(commands)
     _estimate(commands)
+    _push(commands)
     return parser
 
 
@@ -258,6 +266,18 @@ def _add_layout_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_upload_options(group: argparse._ArgumentGroup | argparse.ArgumentParser) -> None:
+    group.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with an upload that was interrupted: what is there is not read again",
+    )
+    group.add_argument("--private", action="store_true", help="if the repository is new")
+    group.add_argument(
+        "--create-pr", action="store_true", help="open a pull request instead of committing"
+    )
+
+
 def _add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
 
@@ -302,9 +322,13 @@ def _convert(commands: argparse._SubParsersAction[_Parser]) -> None:
         "mtt convert /checkpoints/gpt new --to torch --tp 4 --pp 2",
         "mtt convert llama-folder new --to torch_dist --tp 8",
         "mtt convert llama-folder out --to hf --model-type mtt",
+        "mtt convert /checkpoints/gpt hf://owner/repo     upload while converting",
+        "mtt convert /checkpoints/gpt out --all-iterations",
     )
     parser.add_argument("source", metavar="CKPT", help=_SOURCE)
-    parser.add_argument("target", metavar="OUT", help="a new or empty folder")
+    parser.add_argument(
+        "target", metavar="OUT", help="a new or empty folder, or hf://owner/repo[@branch]"
+    )
     parser.add_argument(
         "--to",
         choices=("hf", *MEGATRON_FORMATS),
@@ -360,8 +384,15 @@ def _convert(commands: argparse._SubParsersAction[_Parser]) -> None:
         "--overwrite", action="store_true", help="replace an earlier conversion in OUT"
     )
     parser.add_argument("--dry-run", action="store_true", help="print the plan and write nothing")
+    parser.add_argument(
+        "--all-iterations",
+        action="store_true",
+        help="every iteration: to OUT/iter_0001000, or to the branch step1000 on the Hub; what is "
+        "there already stays",
+    )
     _add_source_options(parser)
     _add_layout_options(parser)
+    _add_upload_options(parser.add_argument_group("a target on the Hub"))
     _add_json(parser)
 
 
@@ -490,6 +521,31 @@ def _estimate(commands: argparse._SubParsersAction[_Parser]) -> None:
         help="element type of weights and KV cache (default: auto, the model's)",
     )
     _add_source_options(parser)
+    _add_json(parser)
+
+
+def _push(commands: argparse._SubParsersAction[_Parser]) -> None:
+    parser = _command(
+        commands,
+        "push",
+        "upload a converted folder to the Hub, in one commit",
+        "mtt push out owner/repo --private",
+        "mtt push out owner/repo --revision step1000",
+        "mtt push out owner/repo --resume     go on after an interruption",
+    )
+    parser.add_argument(
+        "folder", metavar="OUT", help="a folder that mtt convert wrote, or any Hugging Face folder"
+    )
+    parser.add_argument("repo_id", metavar="OWNER/REPO", help="made if it is not there")
+    parser.add_argument(
+        "--revision", metavar="R", help="the branch, made if it is not there (default: main)"
+    )
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace another model in the branch; it stays in the history",
+    )
+    _add_upload_options(parser)
     _add_json(parser)
 
 

@@ -26,7 +26,7 @@ import xxhash
 
 from .dtypes import DTYPES
 from .errors import CorruptError, NotACheckpointError, SourceError, UsageError
-from .plan import PlannedFile, document
+from .plan import ConversionPlan, PlannedFile, document
 
 NAME = "mtt_manifest.json"
 SCHEMA = 1
@@ -66,6 +66,18 @@ def new_hasher(algorithm: str) -> Hasher:
     if algorithm == "none":
         return _NoHasher()
     raise UsageError(f"unknown hash {algorithm!r}", expected=", ".join(ALGORITHMS))
+
+
+def planned(plan: ConversionPlan, source: Mapping[str, Any], algorithm: str) -> dict[str, Any]:
+    """The manifest of a conversion that has written nothing yet."""
+    return {
+        "schema": SCHEMA,
+        "status": "running",
+        "hash": algorithm,
+        "source": dict(source),
+        "files": {file.name: planned_file(file) for file in plan.files},
+        "documents": {},
+    }
 
 
 def planned_file(file: PlannedFile) -> dict[str, Any]:

@@ -43,6 +43,8 @@ from .documents import (
 )
 from .errors import InconsistentError, UnsupportedError, UsageError
 from .execute import Progress, run
+from .hub import is_hub, parse_place
+from .hub_target import HubSink
 from .manifest import ALGORITHMS
 from .mapping import shorten
 from .target import FolderSink
@@ -179,11 +181,19 @@ class LayoutOptions(TypedDict, total=False):
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What `convert` did."""
+    """What `convert` did.
+
+    Attributes:
+        output: the folder, or the URL on the Hub.
+        conversion: the checkpoint and its plan.
+        hashes: file -> tensor -> hash.
+        unchanged: whether all of it was there before.
+    """
 
     output: str
     conversion: Conversion
     hashes: Mapping[str, Mapping[str, str]]
+    unchanged: bool = False
 
 
 def convert(
@@ -202,28 +212,40 @@ def convert(
     replicated: str = "error",
     num_workers: int = 1,
     overwrite: bool = False,
+    keep_same: bool = False,
+    resume: bool = False,
+    private: bool = False,
+    create_pr: bool = False,
     hash_name: str = "xxh3",
     progress: Progress | None = None,
     **layout: Unpack[LayoutOptions],
 ) -> Result:
     """Convert a checkpoint to a Hugging Face folder, or to a Megatron checkpoint of any layout.
 
+    A target on the Hub gets file by file while it is converted, with at most two files on the
+    disk, in `$HF_HOME/mtt`, and shows all of them at the end. It is left alone if it holds exactly
+    what would be written.
+
     Args:
         source: see `open_checkpoint`, with `iteration`, `overrides` and `skip_keys`.
-        target: an empty or new folder.
+        target: an empty or new folder, or `hf://owner/repo[@branch]`.
         to: `hf`, `torch` or `torch_dist`.
         model_type: see `hf_folder.plan_conversion`; only for `hf`.
         dtype, max_shard_size, vocab_padding, tokenizer: see `plan_conversion` of `hf_folder` and
             `megatron_folder`.
         replicated: `error` if ranks hold different copies of a parameter, or take the `first`.
-        num_workers: threads; each holds about 2 MB.
+        num_workers: threads; each holds about 2 MB. A target on the Hub has one that converts.
         overwrite: replace an earlier conversion in `target`.
+        keep_same: leave a folder alone that holds exactly what would be written.
+        resume: go on with an upload that was interrupted; only for a target on the Hub, as are
+            `private`, which hides a repository that is made, and `create_pr`, for a pull request.
         hash_name: `xxh3`, `sha256` or `none`.
-        progress: called with (bytes done, bytes in all).
+        progress: called with (bytes done, bytes in all); bytes uploaded, if to the Hub.
         layout: see `megatron_folder.plan_conversion`; only for `torch` and `torch_dist`.
 
     Raises:
         SourceError, TargetError, UsageError: nothing that looks whole is left behind.
+        HubError: the same; what was uploaded stays for `resume`.
     """
     source, target = os.fspath(source), os.fspath(target)
     _check_choice("target format", to, FORMATS)
@@ -231,7 +253,8 @@ def convert(
     _check_choice("hash", hash_name, tuple(ALGORITHMS))
     if num_workers < 1:
         raise UsageError("no workers", found=str(num_workers), expected="at least 1")
-    check_target(source, target)
+    upload = {"resume": resume, "private": private, "create_pr": create_pr}
+    check_target(source, target, upload)
     checkpoint = open_checkpoint(
         source, iteration=iteration, overrides=overrides, skip_keys=skip_keys
     )
@@ -246,13 +269,20 @@ def convert(
         **layout,
     )
     algorithm = ALGORITHMS[hash_name]
-    sink = FolderSink(
-        target, conversion.plan, source_facts(checkpoint), algorithm, overwrite=overwrite
-    )
+    plan, facts = conversion.plan, source_facts(checkpoint)
+    sink: FolderSink | HubSink
+    if is_hub(target):
+        place = parse_place(target)
+        sink = HubSink(
+            place, plan, facts, algorithm, overwrite=overwrite, progress=progress, **upload
+        )
+        num_workers, progress = sink.max_workers, None
+    else:
+        sink = FolderSink(target, plan, facts, algorithm, overwrite, keep_same)
     with sink:
-        differences = replicas.compare(conversion.plan.replicas, replicated)
+        differences = replicas.compare(sink.pending.replicas, replicated)
         run(
-            conversion.plan,
+            sink.pending,
             sink,
             num_workers=num_workers,
             algorithm=algorithm,
@@ -261,7 +291,7 @@ def convert(
         sink.finish()
     hashes = {name: file["tensors"] for name, file in sink.manifest["files"].items()}
     conversion = replace(conversion, warnings=(*conversion.warnings, *differences))
-    return Result(sink.folder, conversion, hashes)
+    return Result(sink.place, conversion, hashes, sink.unchanged)
 
 
 def plan_conversion(
@@ -306,22 +336,38 @@ def plan_conversion(
     return megatron_folder.plan_conversion(checkpoint, to=to, **common, **sizes)
 
 
-def check_target(source: str, target: str) -> None:
+def check_target(source: str, target: str, upload: Mapping[str, bool] | None = None) -> None:
     """What can be said about a target before it is touched.
 
+    Args:
+        source: the checkpoint.
+        target: where to.
+        upload: options that only a target on the Hub has, by name, and whether they are wanted.
+
     Raises:
-        UsageError: it is empty, remote, or inside the source.
+        UsageError: it is empty, remote but not on the Hub, inside the source, or a folder that
+            has no such options.
     """
     if not source or not target:
         raise UsageError(
             "a path is empty", found=f"{source!r} and {target!r}", expected="two folders"
         )
+    if is_hub(target):
+        parse_place(target)
+        return
     if "://" in target:
         raise UsageError(
-            "mtt cannot upload yet",
+            "mtt cannot write there",
             found=target,
-            expected="a folder",
-            fix="convert to a folder, then upload it with hf upload",
+            expected="a folder, or hf://owner/repo for the Hub",
+            fix="convert to a folder, then copy it",
+        )
+    if given := [name for name, wanted in (upload or {}).items() if wanted]:
+        raise UsageError(
+            f"{', '.join(given)}: only for a target on the Hub",
+            found=target,
+            expected="hf://owner/repo",
+            fix=f"leave out {', '.join(given)}",
         )
     if _inside(target, source):
         raise UsageError(

@@ -11,28 +11,29 @@ until the new ones are whole, and come back if the run fails.
 
 from __future__ import annotations
 
-import bisect
-import contextlib
-import errno
-import fcntl
 import os
 import shutil
-import threading
-import zlib
-from operator import itemgetter
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
 from . import manifest
 from .errors import TargetError
 from .plan import ConversionPlan, PlannedFile, PlannedTensor
+from .unchanged import is_same
+from .writing import LOCK, FileWriter, FolderLock, target_error
 
-_LOCK = ".mtt.lock"
 _REPLACED = ".mtt.replaced"
 
 
 class FolderSink:
-    """Writes a plan into a folder; use it as a context manager around `execute.run`."""
+    """Writes a plan into a folder; use it as a context manager around `execute.run`.
+
+    Attributes:
+        pending: what is to be written.
+        manifest: what was written.
+        unchanged: whether the folder held just that already.
+    """
 
     def __init__(
         self,
@@ -41,25 +42,22 @@ class FolderSink:
         source: dict[str, Any],
         algorithm: str,
         overwrite: bool = False,
+        keep_same: bool = False,
     ) -> None:
         self.folder = os.path.abspath(folder)
-        self._plan, self._algorithm, self._overwrite = plan, algorithm, overwrite
-        self._mutex = threading.Lock()
-        self._open: dict[str, int] = {}
-        self._fixed: dict[str, list[bytearray]] = {}
-        self._checksums: dict[tuple[str, str], int] = {}
+        self.pending = plan
+        self.unchanged = False
+        self._algorithm, self._overwrite, self._keep_same = algorithm, overwrite, keep_same
+        self._writer = FileWriter(self.folder, algorithm)
+        self._lock = FolderLock(self.folder)
         self._written: list[str] = []
         self._made_folders: list[str] = []
-        self._lock_file = -1
-        self._closed = False
-        self.manifest: dict[str, Any] = {
-            "schema": manifest.SCHEMA,
-            "status": "running",
-            "hash": algorithm,
-            "source": source,
-            "files": {file.name: manifest.planned_file(file) for file in plan.files},
-            "documents": {},
-        }
+        self.manifest = manifest.planned(plan, source, algorithm)
+
+    @property
+    def place(self) -> str:
+        """Where the result is."""
+        return self.folder
 
     def __enter__(self) -> FolderSink:
         """Take the folder.
@@ -72,7 +70,7 @@ class FolderSink:
             return self
         except OSError as error:
             self._clean_up()
-            raise _target_error(self.folder, error) from error
+            raise target_error(self.folder, error) from error
         except BaseException:
             self._clean_up()
             raise
@@ -85,36 +83,35 @@ class FolderSink:
             self._made_folders.append(parent)
             parent = os.path.dirname(parent)
         os.makedirs(self.folder, exist_ok=True)
-        self._take_lock()
-        if present := sorted(set(os.listdir(self.folder)) - {_LOCK}):
+        self._lock.take()
+        if present := sorted(set(os.listdir(self.folder)) - {LOCK}):
+            if self._keep_same and self._is_same(present):
+                self.pending = replace(self.pending, files=(), documents={}, replicas=())
+                return
             self._replace(present)
         free = shutil.disk_usage(self.folder).free
-        if free < self._plan.num_bytes:
+        if free < self.pending.num_bytes:
             raise TargetError(
                 f"the disk of {self.folder} is too small; nothing was written",
                 found=f"{free:,} bytes free",
-                expected=f"{self._plan.num_bytes:,} bytes",
+                expected=f"{self.pending.num_bytes:,} bytes",
                 fix="free some space, or choose another folder",
             )
         manifest.write(self.folder, self.manifest)
         self._written.append(manifest.NAME)
 
-    def _take_lock(self) -> None:
-        path = os.path.join(self.folder, _LOCK)
-        self._lock_file = os.open(path, os.O_CREAT | os.O_RDWR, 0o666)
-        try:
-            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            os.close(self._lock_file)
-            self._lock_file = -1
-            raise TargetError(
-                f"{self.folder} is being written by another run of mtt",
-                fix="wait for it, or choose another folder",
-            ) from error
-        held, here = os.fstat(self._lock_file), os.stat(path) if os.path.exists(path) else None
-        if here is None or (held.st_dev, held.st_ino) != (here.st_dev, here.st_ino):
-            os.close(self._lock_file)  # its owner ended and removed it before we had it
-            self._take_lock()
+    def _is_same(self, present: list[str]) -> bool:
+        """Whether the folder holds what would be written; `manifest` is its own then."""
+        if manifest.NAME not in present:
+            return False
+        there = manifest.read(self.folder)
+        files = {name: entry["bytes"] for name, entry in there["files"].items()}
+        names = self._present({*files, *there["documents"]})
+        sizes = {n: os.path.getsize(os.path.join(self.folder, n)) for n in names if n in files}
+        whole = sizes == files and set(there["documents"]) <= names
+        if whole and is_same(there, self.pending, self.manifest["source"], self._algorithm):
+            self.manifest, self.unchanged = there, True
+        return self.unchanged
 
     def _replace(self, present: list[str]) -> None:
         """Make room in a folder that is not empty: only for files an earlier run wrote."""
@@ -128,7 +125,7 @@ class FolderSink:
         aside = os.path.join(self.folder, _REPLACED)
         if os.path.isdir(aside) and os.listdir(aside):
             self._recover(present, aside)
-            present = sorted(set(os.listdir(self.folder)) - {_LOCK})
+            present = sorted(set(os.listdir(self.folder)) - {LOCK})
         if manifest.NAME not in present:
             raise TargetError(
                 f"{self.folder} was not written by mtt; nothing was replaced",
@@ -137,7 +134,7 @@ class FolderSink:
                 fix="choose another folder, or empty this one yourself",
             )
         ours = self._present(self._names(manifest.read(self.folder)))
-        new = {*self._plan.documents, *(file.name for file in self._plan.files)}
+        new = {*self.pending.documents, *(file.name for file in self.pending.files)}
         new |= {f"{name}.part" for name in new}
         if taken := sorted(self._present(new) - ours):
             raise TargetError(
@@ -185,41 +182,12 @@ class FolderSink:
         Raises:
             TargetError: the disk is full or the folder not writable.
         """
-        descriptor = self._descriptor(file)
-        try:
-            _write_all(descriptor, data, tensor.offset + position)
-        except OSError as error:
-            raise _target_error(self.folder, error) from error
-        if tensor.checksum_at:
-            key = file.name, tensor.name
-            self._checksums[key] = zlib.crc32(data, self._checksums.get(key, 0))
-
-    def _descriptor(self, file: PlannedFile) -> int:
-        with self._mutex:
-            assert not self._closed, file.name
-            if file.name not in self._open:
-                path = os.path.join(self.folder, file.name + ".part")
-                flags = os.O_CREAT | os.O_TRUNC | os.O_WRONLY | os.O_CLOEXEC
-                try:
-                    os.makedirs(os.path.dirname(path), exist_ok=True)
-                    self._open[file.name] = os.open(path, flags, 0o666)
-                except OSError as error:
-                    raise _target_error(self.folder, error) from error
-                self._written.append(file.name + ".part")
-                self._fixed[file.name] = [bytearray(data) for _, data in file.fixed]
-            return self._open[file.name]
+        self._writer.write(file, tensor, position, data)
 
     def tensor_done(self, file: PlannedFile, tensor: PlannedTensor, digest: str) -> None:
         """Note a tensor's hash, and its checksum where the file asks for it."""
-        self._descriptor(file)
-        with self._mutex:
-            self.manifest["files"][file.name]["tensors"][tensor.name] = digest
-            checksum = self._checksums.pop((file.name, tensor.name), 0)
-            for position in tensor.checksum_at:
-                number = bisect.bisect_right(file.fixed, position, key=itemgetter(0)) - 1
-                start, _ = file.fixed[number]
-                place = slice(position - start, position - start + 4)
-                self._fixed[file.name][number][place] = checksum.to_bytes(4, "little")
+        self._writer.tensor_done(file, tensor)
+        self.manifest["files"][file.name]["tensors"][tensor.name] = digest
 
     def file_done(self, file: PlannedFile) -> None:
         """Write what stands between the tensors, and give the complete file its name.
@@ -227,23 +195,14 @@ class FolderSink:
         Raises:
             TargetError: the disk is full or the folder not writable.
         """
-        descriptor = self._descriptor(file)
-        with self._mutex:
+        entry = self.manifest["files"][file.name]
+        entry["header"] = self._writer.complete(file)
+        entry["status"] = "complete"
+        with self._writer.mutex:
             try:
-                fixed = self._fixed.pop(file.name)
-                for (position, _), data in zip(file.fixed, fixed, strict=True):
-                    _write_all(descriptor, memoryview(data), position)
-                del self._open[file.name]
-                os.close(descriptor)
-                path = os.path.join(self.folder, file.name)
-                os.replace(path + ".part", path)
-                self._written.append(file.name)
-                entry = self.manifest["files"][file.name]
-                entry["header"] = manifest.digest(b"".join(fixed), self._algorithm)
-                entry["status"] = "complete"
                 manifest.write(self.folder, self.manifest)
             except OSError as error:
-                raise _target_error(self.folder, error) from error
+                raise target_error(self.folder, error) from error
 
     def finish(self) -> None:
         """Write the documents; from here on the folder is whole.
@@ -251,8 +210,10 @@ class FolderSink:
         Raises:
             TargetError: the disk is full or the folder not writable.
         """
+        if self.unchanged:
+            return
         try:
-            for name, data in self._plan.documents.items():
+            for name, data in self.pending.documents.items():
                 path = os.path.join(self.folder, name)
                 os.makedirs(os.path.dirname(path), exist_ok=True)
                 self._written.append(name)
@@ -264,7 +225,7 @@ class FolderSink:
             manifest.write(self.folder, self.manifest)
             shutil.rmtree(os.path.join(self.folder, _REPLACED), ignore_errors=True)
         except OSError as error:
-            raise _target_error(self.folder, error) from error
+            raise target_error(self.folder, error) from error
 
     def __exit__(
         self,
@@ -278,24 +239,17 @@ class FolderSink:
             self._clean_up()
 
     def _release(self) -> None:
-        for descriptor in self._open.values():
-            os.close(descriptor)
-        self._open.clear()
-        if self._lock_file >= 0:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(os.path.join(self.folder, _LOCK))
-            os.close(self._lock_file)
-            self._lock_file = -1
+        self._writer.close()
+        self._lock.release()
 
     def _clean_up(self) -> None:
         """Leave the folder as it was found."""
-        with self._mutex:
-            self._closed = True
-        for name in self._written:
+        self._writer.close()
+        for name in (*self._writer.begun, *self._written):
             _remove(name, self.folder)
             _remove(name + ".part", self.folder)
         aside = os.path.join(self.folder, _REPLACED)
-        if self._lock_file >= 0 and os.path.isdir(aside):
+        if self._lock.held and os.path.isdir(aside):
             self._put_back(aside)
         self._release()
         for folder in self._made_folders:
@@ -326,23 +280,3 @@ def _remove_empty(subfolder: str, folder: str) -> None:
                 return
             os.rmdir(path)
         subfolder = os.path.dirname(subfolder)
-
-
-def _write_all(descriptor: int, data: memoryview, position: int) -> None:
-    done = 0
-    while done < len(data):
-        done += os.pwrite(descriptor, data[done:], position + done)
-
-
-def _target_error(folder: str, error: OSError) -> TargetError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return TargetError(
-            f"the disk of {folder} is full; what was written was removed again",
-            found=str(error),
-            fix="free some space, or choose another folder",
-        )
-    return TargetError(
-        f"{folder} cannot be written",
-        found=str(error),
-        fix="choose a folder you may write to",
-    )

@@ -15,11 +15,15 @@ import random
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from tests.hub_server import HubServer
 
 ROOT = Path(__file__).resolve().parents[1]
 IN_CI = os.environ.get("CI", "").lower() not in ("", "0", "false", "no")
@@ -99,6 +103,32 @@ def golden() -> Callable[[str], Path]:
         pytest.skip(message)
 
     return find
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
+    """A Hub that this process and those it starts talk to, with $HF_HOME in `tmp_path`."""
+    from huggingface_hub import constants
+
+    from tests.hub_server import TOKEN, HubServer
+
+    with HubServer() as server:
+        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_IMPLICIT_TOKEN", False)
+        monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "home"))
+        for name, value in (
+            ("HF_ENDPOINT", server.url),
+            ("HF_HUB_DISABLE_XET", "1"),
+            ("HF_HUB_DISABLE_IMPLICIT_TOKEN", "0"),
+            ("HF_HOME", str(tmp_path / "home")),
+            ("HF_TOKEN", TOKEN),
+        ):
+            monkeypatch.setenv(name, value)
+        server.token = TOKEN
+        yield server
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""`mtt convert`: any checkpoint to a Hugging Face folder, or to a Megatron layout."""
+"""`mtt convert`: any checkpoint to a Hugging Face folder, on the Hub too, or a Megatron layout."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from ..cli import LAYOUT_OPTIONS, overrides
 from ..conversion import Conversion
 from ..errors import UsageError
 from ..hf_source import is_hf_folder
-from ..pipeline import check_target, convert, open_checkpoint, plan_conversion
+from ..hub import is_hub
+from ..iterations import convert_iteration, list_iterations
+from ..pipeline import Result, check_target, convert, open_checkpoint, plan_conversion
 from ..plan import render
 from ..reading import window_size
 from .console import (
@@ -51,29 +53,32 @@ def run(args: argparse.Namespace) -> int:
         checkpoint = open_checkpoint(args.source, **source)
         _print_plan(args, plan_conversion(checkpoint, **choices), workers, start)
         return 0
-    with progress_bar("converting") as progress:
-        result = convert(
-            args.source,
-            args.target,
-            replicated=args.replicated,
-            num_workers=workers,
-            overwrite=args.overwrite,
-            hash_name=args.hash,
-            progress=progress,
-            **source,
-            **choices,
-        )
+    choices |= {
+        "replicated": args.replicated,
+        "num_workers": workers,
+        "overwrite": args.overwrite,
+        "hash_name": args.hash,
+        **_upload(args),
+    }
+    if args.all_iterations:
+        del source["iteration"]
+        return _convert_all(args, start, {**source, **choices})
+    with progress_bar("uploading" if is_hub(args.target) else "converting") as progress:
+        result = convert(args.source, args.target, progress=progress, **source, **choices)
     seconds = time.monotonic() - start
     conversion, plan = result.conversion, result.conversion.plan
     if args.json:
         body = _body(args, conversion)
+        status = "unchanged" if result.unchanged else "ok"
         print_json(
-            "convert", "ok", start, body | {"output": result.output, "hashes": result.hashes}
+            "convert", status, start, body | {"output": result.output, "hashes": result.hashes}
         )
         return 0
     checkpoint = conversion.checkpoint
     say(result.output)
     rate = f"{size(plan.num_bytes)} in {seconds:.1f} s, {size(plan.num_bytes / seconds)}/s"
+    if result.unchanged:
+        rate = "nothing: it holds just this already"
     print_table(
         (
             ("from", _source(checkpoint)),
@@ -88,6 +93,45 @@ def run(args: argparse.Namespace) -> int:
         say(f"  {note}")
     print_warnings(conversion.warnings)
     return 0
+
+
+def _convert_all(args: argparse.Namespace, start: float, options: dict[str, Any]) -> int:
+    """Every iteration after the other, a line each."""
+    done: dict[int, Result] = {}
+    for iteration in list_iterations(args.source):
+        with progress_bar(f"iteration {iteration}") as progress:
+            result = convert_iteration(
+                args.source, args.target, iteration, progress=progress, **options
+            )
+        done[iteration] = result
+        if not args.json:
+            there = "  there already" if result.unchanged else ""
+            say(f"{result.output}  {size(result.conversion.plan.num_bytes)}{there}")
+    conversions = [result.conversion for result in done.values()]
+    if args.json:
+        each = [
+            {
+                "iteration": iteration,
+                "output": result.output,
+                "status": "unchanged" if result.unchanged else "ok",
+                "hashes": result.hashes,
+            }
+            for iteration, result in done.items()
+        ]
+        body = _body(args, conversions[-1]) | {"source": args.source, "iterations": each}
+        body["bytes"] = sum(conversion.plan.num_bytes for conversion in conversions)
+        body["tensors"] = sum(conversion.plan.num_tensors for conversion in conversions)
+        print_json("convert", "ok", start, body)
+        return 0
+    for note in conversions[-1].notes:
+        say(f"  {note}")
+    print_warnings(dict.fromkeys(w for conversion in conversions for w in conversion.warnings))
+    return 0
+
+
+def _upload(args: argparse.Namespace) -> dict[str, bool]:
+    """The options that only a target on the Hub has."""
+    return {"resume": args.resume, "private": args.private, "create_pr": args.create_pr}
 
 
 def _source(checkpoint: Checkpoint) -> str:
@@ -118,7 +162,17 @@ def default_workers() -> int:
 
 def _check(args: argparse.Namespace, workers: int) -> None:
     """What is wrong whatever the checkpoint is."""
-    check_target(args.source, args.target)
+    check_target(
+        args.source,
+        args.target,
+        {f"--{n.replace('_', '-')}": on for n, on in _upload(args).items()},
+    )
+    if args.all_iterations and (args.iteration is not None or args.dry_run):
+        raise UsageError(
+            "--all-iterations stands alone",
+            found="--iteration" if args.iteration is not None else "--dry-run",
+            fix="leave out one of the two; --dry-run goes with --iteration",
+        )
     if args.to is None:
         if is_hf_folder(args.source):
             raise UsageError(

@@ -20,7 +20,7 @@ from mtt_convert.commands import convert as convert_command
 from mtt_convert.version import __version__
 
 SAMPLE = str(Path(__file__).parents[2] / "convert" / "sample")
-COMMANDS = ("demo", "inspect", "convert", "diff", "verify", "generate", "estimate")
+COMMANDS = ("demo", "inspect", "convert", "diff", "verify", "generate", "estimate", "push")
 SHARED = {
     "schema", "command", "status", "source", "output", "tensors", "bytes", "dropped", "warnings",
     "hashes", "seconds", "peak_rss",
@@ -186,7 +186,7 @@ def test_all_json_has_the_same_frame(
         (["generate", "OUT", "--prompt", "a", "--set", "x=1"], "--set: only for"),
         (["generate", "OUT", "--prompt", "a", "--config", "x"], "--config: only for"),
         (["generate", "OUT", "--prompt", "a", "--skip-key", "x"], "--skip-key: only for"),
-        (["convert", SAMPLE, "hf://owner/name"], "upload"),
+        (["convert", SAMPLE, "hf://owner"], "no repository on the Hub"),
         (["convert", SAMPLE, "NEW", "--tp", "2"], "--tp: a layout is only"),
         (["convert", SAMPLE, "NEW", "--tensor-model-parallel-size", "2"], "--tp: a layout"),
         (["convert", SAMPLE, "NEW", "--workers", "0", "--dry-run"], "leave out --workers"),

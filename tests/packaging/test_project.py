@@ -13,7 +13,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 # What the tests' environment has beside mtt's dependencies.
 TOOLS = [
     requirement
-    for extra in ("test", "megatron")
+    for extra in ("test", "docs", "megatron")
     for requirement in PROJECT["project"]["optional-dependencies"][extra]
 ]
 REQUIREMENT = re.compile(r"(?P<name>[A-Za-z0-9-]+)(?P<bounds>.*)")

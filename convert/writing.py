@@ -1,0 +1,177 @@
+"""Files written in pieces into a folder that one run holds at a time.
+
+name.part      while tensors arrive, each at its own position, from any thread
+name           once the last tensor and the bytes between them are there
+"""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import errno
+import fcntl
+import os
+import threading
+import zlib
+from operator import itemgetter
+
+from . import manifest
+from .errors import TargetError
+from .plan import PlannedFile, PlannedTensor
+
+LOCK = ".mtt.lock"
+
+
+class FileWriter:
+    """Assembles planned files below a folder.
+
+    Attributes:
+        begun: names of files that were opened, as they stand on the disk meanwhile.
+        mutex: held while a file changes its name.
+    """
+
+    def __init__(self, folder: str, algorithm: str) -> None:
+        self.begun: list[str] = []
+        self.mutex = threading.Lock()
+        self._folder, self._algorithm = folder, algorithm
+        self._open: dict[str, int] = {}
+        self._fixed: dict[str, list[bytearray]] = {}
+        self._checksums: dict[tuple[str, str], int] = {}
+        self._closed = False
+
+    def write(
+        self, file: PlannedFile, tensor: PlannedTensor, position: int, data: memoryview
+    ) -> None:
+        """Bytes of a tensor from `position` bytes after its beginning.
+
+        Raises:
+            TargetError: the disk is full or the folder not writable.
+        """
+        descriptor = self._descriptor(file)
+        try:
+            _write_all(descriptor, data, tensor.offset + position)
+        except OSError as error:
+            raise target_error(self._folder, error) from error
+        if tensor.checksum_at:
+            key = file.name, tensor.name
+            self._checksums[key] = zlib.crc32(data, self._checksums.get(key, 0))
+
+    def _descriptor(self, file: PlannedFile) -> int:
+        with self.mutex:
+            assert not self._closed, file.name
+            if file.name not in self._open:
+                path = os.path.join(self._folder, file.name + ".part")
+                flags = os.O_CREAT | os.O_TRUNC | os.O_WRONLY | os.O_CLOEXEC
+                try:
+                    os.makedirs(os.path.dirname(path), exist_ok=True)
+                    self._open[file.name] = os.open(path, flags, 0o666)
+                except OSError as error:
+                    raise target_error(self._folder, error) from error
+                self.begun.append(file.name)
+                self._fixed[file.name] = [bytearray(data) for _, data in file.fixed]
+            return self._open[file.name]
+
+    def tensor_done(self, file: PlannedFile, tensor: PlannedTensor) -> None:
+        """Put a tensor's checksum where the file asks for it."""
+        self._descriptor(file)
+        with self.mutex:
+            checksum = self._checksums.pop((file.name, tensor.name), 0)
+            for position in tensor.checksum_at:
+                number = bisect.bisect_right(file.fixed, position, key=itemgetter(0)) - 1
+                start, _ = file.fixed[number]
+                place = slice(position - start, position - start + 4)
+                self._fixed[file.name][number][place] = checksum.to_bytes(4, "little")
+
+    def complete(self, file: PlannedFile) -> str:
+        """Write what stands between the tensors, and give the file its name.
+
+        Returns:
+            The hash of the bytes that belong to no tensor.
+
+        Raises:
+            TargetError: the disk is full or the folder not writable.
+        """
+        descriptor = self._descriptor(file)
+        with self.mutex:
+            try:
+                fixed = self._fixed.pop(file.name)
+                for (position, _), data in zip(file.fixed, fixed, strict=True):
+                    _write_all(descriptor, memoryview(data), position)
+                del self._open[file.name]
+                os.close(descriptor)
+                path = os.path.join(self._folder, file.name)
+                os.replace(path + ".part", path)
+            except OSError as error:
+                raise target_error(self._folder, error) from error
+        return manifest.digest(b"".join(fixed), self._algorithm)
+
+    def close(self) -> None:
+        """Close what is still open; nothing is written after it."""
+        with self.mutex:
+            self._closed = True
+            for descriptor in self._open.values():
+                os.close(descriptor)
+            self._open.clear()
+
+
+class FolderLock:
+    """A folder's lock file, which its owner removes."""
+
+    def __init__(self, folder: str) -> None:
+        self._folder, self._file = folder, -1
+
+    @property
+    def held(self) -> bool:
+        """Whether this run has it."""
+        return self._file >= 0
+
+    def take(self) -> None:
+        """Take it.
+
+        Raises:
+            TargetError: another run has it.
+        """
+        path = os.path.join(self._folder, LOCK)
+        self._file = os.open(path, os.O_CREAT | os.O_RDWR, 0o666)
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(self._file)
+            self._file = -1
+            raise TargetError(
+                f"{self._folder} is being written by another run of mtt",
+                fix="wait for it, or choose another folder",
+            ) from error
+        held, here = os.fstat(self._file), os.stat(path) if os.path.exists(path) else None
+        if here is None or (held.st_dev, held.st_ino) != (here.st_dev, here.st_ino):
+            os.close(self._file)  # its owner ended and removed it before we had it
+            self.take()
+
+    def release(self) -> None:
+        """Give it back, if it is held."""
+        if self._file >= 0:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(os.path.join(self._folder, LOCK))
+            os.close(self._file)
+            self._file = -1
+
+
+def _write_all(descriptor: int, data: memoryview, position: int) -> None:
+    done = 0
+    while done < len(data):
+        done += os.pwrite(descriptor, data[done:], position + done)
+
+
+def target_error(folder: str, error: OSError) -> TargetError:
+    """What an error of the operating system says about a folder."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return TargetError(
+            f"the disk of {folder} is full; what was written was removed again",
+            found=str(error),
+            fix="free some space, or choose another folder",
+        )
+    return TargetError(
+        f"{folder} cannot be written",
+        found=str(error),
+        fix="choose a folder you may write to",
+    )
