@@ -27,6 +27,7 @@ from . import (
     megatron_folder,
     parameters,
     replicas,
+    sources,
     topology,
 )
 from .architecture import Architecture
@@ -58,16 +59,19 @@ def open_checkpoint(
     """Open a checkpoint: its metadata under canonical names, no tensor bytes.
 
     Args:
-        path: Megatron's `--save` folder, or one iteration in it, or a Hugging Face folder.
+        path: Megatron's `--save` folder, or one iteration in it, or a Hugging Face folder; a
+            path, `hf://owner/repo[@revision][/folder]`, or a URL that fsspec knows.
         iteration: which one; None follows the tracker file.
         overrides: Megatron arguments that replace or complete those in the checkpoint.
         skip_keys: entries that are not part of the model and may be left out.
 
     Raises:
         SourceError: it cannot be used; the subclass and message say why.
+        HubError: it cannot be reached.
         UsageError: something only the user knows is missing.
     """
     path = os.fspath(path)
+    sources.refresh(path)
     if hf_source.is_hf_folder(path):
         return hf_source.open_hf_folder(
             path, iteration=iteration, overrides=overrides, skip_keys=skip_keys
@@ -323,7 +327,7 @@ def check_target(source: str, target: str) -> None:
             expected="a folder",
             fix="convert to a folder, then upload it with hf upload",
         )
-    if _inside(target, source):
+    if not sources.is_remote(source) and _inside(target, source):
         raise UsageError(
             "the output would stand inside the checkpoint",
             found=target,

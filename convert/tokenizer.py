@@ -14,6 +14,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from . import sources
 from .errors import SourceError, UnsupportedError, UsageError
 from .plan import document
 
@@ -51,7 +52,7 @@ def has_tokenizer(folder: str) -> bool:
     """Whether a folder has the files of a tokenizer that `read_tokenizer` reads."""
 
     def has(name: str) -> bool:
-        return os.path.isfile(os.path.join(folder, name))
+        return sources.is_file(os.path.join(folder, name))
 
     pairs = (("vocab.json", "merges.txt"), ("tokenizer.model", "tokenizer_config.json"))
     return has("tokenizer.json") or any(has(a) and has(b) for a, b in pairs)
@@ -65,9 +66,9 @@ def read_tokenizer(path: str) -> Tokenizer:
         UnsupportedError: it is of a kind mtt cannot write yet.
         SourceError: a file is not readable.
     """
-    if os.path.isdir(path):
+    if sources.is_dir(path):
         return _from_folder(path)
-    if not os.path.isfile(path):
+    if not sources.is_file(path):
         raise UsageError(
             f"there is no tokenizer at {path}",
             expected="a folder, a vocab.json beside its merges.txt, or a tokenizer.json",
@@ -75,7 +76,7 @@ def read_tokenizer(path: str) -> Tokenizer:
         )
     name = os.path.basename(path)
     if name.endswith("tokenizer.json"):
-        return _from_tokenizer_json(_bytes(path))
+        return _from_tokenizer_json(sources.read(path))
     if name.endswith((".txt", ".json", ".bpe")):
         return _from_vocab(path)
     raise UnsupportedError(
@@ -84,14 +85,6 @@ def read_tokenizer(path: str) -> Tokenizer:
         expected="a folder, a vocab.json beside its merges.txt, or a tokenizer.json",
         fix="give its Hugging Face files with --tokenizer PATH, or --tokenizer none",
     )
-
-
-def _bytes(path: str) -> bytes:
-    try:
-        with open(path, "rb") as file:
-            return file.read()
-    except OSError as error:
-        raise SourceError(f"{path} cannot be read", found=str(error)) from error
 
 
 def _json(data: bytes, name: str) -> dict[str, object]:
@@ -106,9 +99,9 @@ def _json(data: bytes, name: str) -> dict[str, object]:
 
 def _from_folder(path: str) -> Tokenizer:
     files = {
-        name: _bytes(os.path.join(path, name))
+        name: sources.read(os.path.join(path, name))
         for name in _FOLDER_FILES
-        if os.path.isfile(os.path.join(path, name))
+        if sources.is_file(os.path.join(path, name))
     }
     if "tokenizer_config.json" not in files:
         if "tokenizer.json" in files:
@@ -143,7 +136,7 @@ def _from_vocab(path: str) -> Tokenizer:
     folder = os.path.dirname(path)
     vocab_path = os.path.join(folder, _find(folder, "vocab.json"))
     merges_path = os.path.join(folder, _find(folder, "merges.txt"))
-    vocab, merges = _bytes(vocab_path), _bytes(merges_path)
+    vocab, merges = sources.read(vocab_path), sources.read(merges_path)
     ids = _token_ids({"vocab.json": vocab})
     end = ids.get(_END_OF_TEXT)
     if not ids or end is None:
@@ -163,11 +156,7 @@ def _from_vocab(path: str) -> Tokenizer:
 
 
 def _find(folder: str, ending: str) -> str:
-    try:
-        names = os.listdir(folder or ".")
-    except OSError as error:
-        raise SourceError(f"{folder} cannot be read", found=str(error)) from error
-    found = sorted(name for name in names if name.endswith(ending))
+    found = [name for name in sources.listing(folder or ".") if name.endswith(ending)]
     if not found:
         raise UsageError(
             f"there is no tokenizer in {folder or '.'}",

@@ -28,12 +28,14 @@ from ..boxes import row_major
 from ..dtypes import DType
 from ..errors import CorruptError, SourceError, UnsupportedError
 from ..plan import PlannedTensor
+from ..sources import File, open_file
 from ..tensors import LazyTensor
 from .pickle_writer import Call, Global, StorageKey, dumps
 from .pickles import STORAGES, StorageRef, load_pickle
 
 _OLD_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch/serialization.py MAGIC_NUMBER
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
+_TAIL_BYTES = 64 << 10
 
 
 def load(path: str, offset: int = 0, length: int | None = None) -> Any:
@@ -45,11 +47,12 @@ def load(path: str, offset: int = 0, length: int | None = None) -> Any:
         SourceError: it cannot be opened.
     """
     try:
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            end = size if length is None else offset + length
-            if not 0 <= offset < end <= size:
-                raise _damaged(path, f"{size} bytes", f"at least {end}")
+        with open_file(path) as file:
+            end = file.size if length is None else offset + length
+            if not 0 <= offset < end <= file.size:
+                raise _damaged(path, f"{file.size} bytes", f"at least {end}")
+            if length is None:
+                file.expect([(max(offset, end - _TAIL_BYTES), min(_TAIL_BYTES, end - offset))])
             return _Archive(path, file, offset, end).load()
     except OSError as error:
         raise SourceError(f"{path} cannot be read", found=str(error)) from error
@@ -67,9 +70,9 @@ def _damaged(path: str, found: str, expected: str) -> CorruptError:
 class _Archive:
     """One zip inside a file; record positions are absolute in that file."""
 
-    def __init__(self, path: str, file: BinaryIO, start: int, end: int) -> None:
+    def __init__(self, path: str, file: File, start: int, end: int) -> None:
         self.path, self._file, self._start, self._end = path, file, start, end
-        if os.pread(file.fileno(), len(_OLD_MAGIC), start) == _OLD_MAGIC:
+        if file.pread(len(_OLD_MAGIC), start) == _OLD_MAGIC:
             raise UnsupportedError(
                 f"{path} was written by torch before 1.6; mtt cannot read that yet",
                 found="a file of consecutive pickles",
@@ -101,6 +104,8 @@ class _Archive:
         if order and self._read(order) != b"little":
             raise _damaged(self.path, "big-endian storages", "little-endian ones")
         data = self._read(self._records[f"{self._prefix}data.pkl"])
+        headers = [self._start + info.header_offset for info in self._records.values()]
+        self._file.expect((position, _LOCAL_HEADER.size) for position in headers)
         return load_pickle(data, self.path, self._storage)
 
     def _storage(self, reference: Any) -> StorageRef:
@@ -119,7 +124,7 @@ class _Archive:
     def _data_start(self, info: zipfile.ZipInfo) -> int:
         """Absolute position of a record's bytes, which must be stored as they are."""
         header_start = self._start + info.header_offset
-        header = os.pread(self._file.fileno(), _LOCAL_HEADER.size, header_start)
+        header = self._file.pread(_LOCAL_HEADER.size, header_start)
         if len(header) < _LOCAL_HEADER.size or header[:4] != b"PK\x03\x04":
             raise _damaged(self.path, f"no record at {header_start}", info.filename)
         _, name_size, extra_size = _LOCAL_HEADER.unpack(header)
@@ -130,13 +135,13 @@ class _Archive:
         return start
 
     def _read(self, info: zipfile.ZipInfo) -> bytes:
-        return os.pread(self._file.fileno(), info.file_size, self._data_start(info))
+        return self._file.pread(info.file_size, self._data_start(info))
 
 
 class _Window:
     """The part `[start, end)` of a file, as a file."""
 
-    def __init__(self, file: BinaryIO, start: int, end: int) -> None:
+    def __init__(self, file: File, start: int, end: int) -> None:
         self._file, self._start, self._size, self._position = file, start, end - start, 0
 
     def seekable(self) -> bool:
@@ -155,7 +160,7 @@ class _Window:
     def read(self, count: int = -1) -> bytes:
         left = max(0, self._size - self._position)
         count = left if count is None or count < 0 else min(count, left)
-        data = os.pread(self._file.fileno(), count, self._start + self._position)
+        data = self._file.pread(count, self._start + self._position)
         self._position += len(data)
         return data
 

@@ -5,7 +5,6 @@ Each begins as a real checkpoint that converts; one thing about it is then wrong
 
 from __future__ import annotations
 
-import builtins
 import os
 import random
 import shutil
@@ -835,7 +834,6 @@ def test_weights_of_mixed_types(root: Path, out: Path) -> None:
         ({"global_step10": None, "latest": "global_step10"}, "DeepSpeed"),
         ({"layer_01-model_states.pt": ""}, "DeepSpeed"),
         ({"mp_rank_00_model_states.pt": ""}, "DeepSpeed"),
-        ({".metadata": ""}, "torch.distributed"),
         ({".zmetadata": ""}, "zarr"),
         ({"model.safetensors": ""}, "without a config.json"),
     ],
@@ -867,14 +865,14 @@ def test_a_file_that_cannot_be_opened(
     root: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Permissions: simulated, since the tests may run as root."""
-    real = builtins.open
+    real = os.open
 
     def denied(file: Any, *args: Any, **kwargs: Any) -> Any:
         if str(file).endswith("mp_rank_01_000/model_optim_rng.pt"):
             raise PermissionError(13, "Permission denied", str(file))
         return real(file, *args, **kwargs)
 
-    monkeypatch.setattr(builtins, "open", denied)
+    monkeypatch.setattr(os, "open", denied)
     refused(root, out, SourceError, says="cannot be read")
 
 
