@@ -128,18 +128,28 @@ def _lists(fs: Any, url: str) -> bool:
         return False
 
 
+def size(url: str) -> int:
+    """Bytes of a file.
+
+    Raises:
+        HubError: it cannot be reached.
+    """
+    if url not in _sizes:
+        fs, path = _file_system(url)
+        try:
+            _sizes[url] = int(fs.info(path)["size"] or 0)
+        except Exception as error:
+            raise _failure(url, error) from error
+    return _sizes[url]
+
+
 class RemoteFile:
     """One file behind a URL. It belongs to one thread."""
 
     def __init__(self, url: str) -> None:
         self._url = url
         self._system, self._path = _file_system(url)
-        if url not in _sizes:
-            try:
-                _sizes[url] = int(self._system.info(self._path)["size"] or 0)
-            except Exception as error:
-                raise _failure(url, error) from error
-        self.size = _sizes[url]
+        self.size = size(url)
         self._handle: Any = None
         self._ahead = b""
         self._ahead_at = 0

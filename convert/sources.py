@@ -158,6 +158,23 @@ def open_file(path: str) -> File:
     return LocalFile(path)
 
 
+def size(path: str) -> int:
+    """Bytes of a file.
+
+    Raises:
+        SourceError: it cannot be seen.
+        HubError: it cannot be reached.
+    """
+    if is_remote(path):
+        from . import remote
+
+        return remote.size(path)
+    try:
+        return os.path.getsize(path)
+    except OSError as error:
+        raise SourceError(f"{path} cannot be read", found=str(error)) from error
+
+
 def read(path: str) -> bytes:
     """All of a small file.
 

@@ -11,7 +11,7 @@ from .. import sources
 from ..checkpoint import RawCheckpoint
 from ..errors import NotACheckpointError, UnsupportedError
 from ..sources import listing
-from . import megatron_torch, megatron_torch_dcp, megatron_torch_dist
+from . import megatron_torch, megatron_torch_dcp, megatron_torch_dist, megatron_zarr
 from .folders import Place, locate
 
 
@@ -27,7 +27,12 @@ class Reader(Protocol):
         """The metadata of one iteration."""
 
 
-READERS: tuple[Reader, ...] = (megatron_torch_dist, megatron_torch_dcp, megatron_torch)
+READERS: tuple[Reader, ...] = (
+    megatron_torch_dist,
+    megatron_torch_dcp,
+    megatron_zarr,
+    megatron_torch,
+)
 
 
 def find(path: str, iteration: int | None = None) -> tuple[Reader, Place]:

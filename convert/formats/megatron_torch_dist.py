@@ -23,7 +23,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from .. import sources
 from ..boxes import Box, Ints
@@ -38,7 +38,7 @@ from ..errors import (
 )
 from ..plan import PlannedFile, PlannedTensor, document
 from ..tensors import LazyTensor, concat, stack
-from .dcp import METADATA, DistributedCheckpoint, open_metadata
+from .dcp import METADATA, open_metadata
 from .folders import Place
 from .pickle_writer import Call, Global, Instance, Pairs, dumps
 from .torch_zip import Weight, load, plan, tensor_value
@@ -73,20 +73,39 @@ def open_folder(place: Place, skip_keys: frozenset[str] = frozenset()) -> RawChe
         UnsupportedError: another sharded backend, or quantized weights.
         CorruptError, UnsafePickleError: metadata that cannot be read as data.
     """
-    folder = place.folder
-    check_backend(folder)
-    common = _common(folder)
-    stored = open_metadata(folder)
-    where = f"{folder}/common.pt"
-    tensors, dropped = model_tensors(stored, skip_keys)
+    return open_global(NAME, place, open_metadata(place.folder), skip_keys)
+
+
+class GlobalTensors(Protocol):
+    """Global tensors and objects by name, however they are stored."""
+
+    @property
+    def entries(self) -> Mapping[str, object]:
+        """All names."""
+
+    def is_tensor(self, name: str) -> bool:
+        """Whether an entry is a tensor; the others are objects."""
+
+    def tensors(self, names: Iterable[str]) -> dict[str, LazyTensor]:
+        """Some of the tensors, not read."""
+
+
+def open_global(
+    backend: str, place: Place, stored: GlobalTensors, skip_keys: frozenset[str]
+) -> RawCheckpoint:
+    """A checkpoint of Megatron-Core's: `stored` as `backend` has it, `common.pt` beside."""
+    _check_backend(place.folder, backend)
+    common = _common(place.folder)
+    where = f"{place.folder}/common.pt"
+    tensors, dropped = _model_tensors(stored, skip_keys)
     joined = join_gated(tensors)
     is_stacked = any(_STACKED.match(name.removeprefix(_WRAPPER)) for name in stored.entries)
-    evidence = ["metadata.json names the torch_dist backend"]
+    evidence = [f"metadata.json names the {backend} backend"]
     evidence.append("layers are stacked" if is_stacked else "layers are numbered")
     if len(joined) < len(tensors):
         evidence.append("gate and up of the MLP are apart")
     return raw_checkpoint(
-        NAME,
+        backend,
         place,
         (joined, dropped),
         arguments=plain_arguments(common.get("args")),
@@ -96,8 +115,8 @@ def open_folder(place: Place, skip_keys: frozenset[str] = frozenset()) -> RawChe
     )
 
 
-def model_tensors(
-    stored: DistributedCheckpoint, skip_keys: frozenset[str]
+def _model_tensors(
+    stored: GlobalTensors, skip_keys: frozenset[str]
 ) -> tuple[dict[str, LazyTensor], dict[str, list[str]]]:
     """The model's tensors under the names of its modules, layers numbered.
 
@@ -126,7 +145,7 @@ def model_tensors(
         else:
             raise UnsupportedError(
                 f"{name} is not stored as a tensor; nothing was written",
-                found=stored.entries[name].qualified,
+                found="an object",
                 expected="a tensor",
                 fix=f"leave it out with --skip-key {name}, if it is not part of the model",
             )
@@ -163,16 +182,23 @@ def raw_checkpoint(
     )
 
 
-def check_backend(folder: str) -> None:
-    """Raise UnsupportedError unless `metadata.json` names this format."""
+def _check_backend(folder: str, backend: str) -> None:
+    """Raise UnsupportedError unless `metadata.json` names this backend."""
     path = os.path.join(folder, "metadata.json")
     try:
-        backend = json.loads(sources.read(path))["sharded_backend"]
+        found = json.loads(sources.read(path))["sharded_backend"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CorruptError(f"{path} is not readable JSON", found=str(error)) from error
-    if backend != NAME:
+    if found == NAME != backend:
+        raise IncompleteError(
+            f"{os.path.basename(folder)} is incomplete; nothing was written",
+            found="metadata.json of a torch_dist checkpoint",
+            expected=METADATA,
+            fix="copy that file again; its name begins with a dot",
+        )
+    if found != backend:
         raise UnsupportedError(
-            f"{folder} uses another sharded backend", found=str(backend), expected=NAME
+            f"{folder} uses another sharded backend", found=str(found), expected=backend
         )
 
 
@@ -181,7 +207,7 @@ def _common(folder: str) -> dict[Any, Any]:
     if not sources.is_file(path):
         raise IncompleteError(
             f"{os.path.basename(folder)} is incomplete; nothing was written",
-            found=".metadata without common.pt",
+            found="metadata.json without common.pt",
             expected="common.pt",
             fix="copy that file again",
         )
