@@ -70,8 +70,7 @@ def open_checkpoint(
         HubError: it cannot be reached.
         UsageError: something only the user knows is missing.
     """
-    path = os.fspath(path)
-    sources.refresh(path)
+    path = sources.begin(os.fspath(path))
     if hf_source.is_hf_folder(path):
         return hf_source.open_hf_folder(
             path, iteration=iteration, overrides=overrides, skip_keys=skip_keys

@@ -11,9 +11,9 @@ what opening a checkpoint of hundreds of files needs. Everything that goes wrong
 
 from __future__ import annotations
 
-import os
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
@@ -44,13 +44,20 @@ _REFUSALS = {
         "RevisionNotFoundError",
         "EntryNotFoundError",
         "HFValidationError",
-        "FileNotFoundError",
     ),
 }
+_BREAKS = (
+    "ClientConnectionError",
+    "ClientPayloadError",
+    "ConnectionError",
+    "HTTPClientError",
+    "TimeoutError",
+    "TransportError",
+)
 _NUM_CONNECTIONS = 16
-_JOINED_GAP = 16 << 10
+_JOINED_GAP = 4 << 10
 _LONGEST_JOINED = 1 << 20
-_FIRST_AHEAD, _MOST_AHEAD = 1 << 20, 8 << 20
+_BLOCK_BYTES, _MOST_AHEAD, _MOST_BLOCKS = 1 << 20, 8, 64
 _NUM_ATTEMPTS = 3
 _KEPT_BYTES = 64 << 20
 
@@ -58,17 +65,28 @@ _systems: dict[str, Any] = {}
 _listings: dict[str, dict[str, str]] = {}
 _sizes: dict[str, int] = {}
 _kept: dict[str, list[tuple[int, bytes]]] = {}
+_blocks: OrderedDict[tuple[str, int], bytes] = OrderedDict()
 _lock = threading.Lock()
 
 
-def forget() -> None:
-    """Forget all listings and fetched parts: what is asked for next is seen as it is then."""
+def begin(url: str) -> None:
+    """Look at a place anew: all listings and fetched parts are forgotten.
+
+    Raises:
+        HubError: it is not there, or cannot be reached.
+    """
     with _lock:
         for system in _systems.values():
             system.invalidate_cache()
         _listings.clear()
         _sizes.clear()
         _kept.clear()
+        _blocks.clear()
+    kind = _kind(url)
+    if kind is None:
+        raise _failure(url, FileNotFoundError(url))
+    if kind == "directory":
+        entries(url)
 
 
 def entries(folder: str) -> dict[str, str]:
@@ -87,7 +105,7 @@ def entries(folder: str) -> dict[str, str]:
         names = {}
         for entry in found:
             name = str(entry["name"]).rstrip("/")
-            short = unquote(name.rpartition("/")[2]) if _is_http(folder) else os.path.basename(name)
+            short = _plain(name.rpartition("/")[2], folder)
             if name.rstrip("/") != path.rstrip("/") and short and not short.startswith("?"):
                 names[short] = str(entry["type"])
         _listings[folder] = names
@@ -107,25 +125,50 @@ def is_dir(url: str) -> bool:
 def _kind(url: str) -> str | None:
     """`file`, `directory`, or None if there is nothing."""
     parent, _, name = url.rpartition("/")
-    if _listings.get(parent):
-        return _listings[parent].get(unquote(name) if _is_http(url) else name)
+    above, _, folder = parent.rpartition("/")
+    if _listings.get(above, {}).get(_plain(folder, url)) == "directory":
+        entries(parent)
+    if known := _listings.get(parent):
+        return known.get(_plain(name, url))
+    if _is_http(url):
+        return _kind_of_page(url)
     fs, path = _file_system(url)
     try:
-        if _is_http(url) and _lists(fs, url):
-            return "directory"
         return str(fs.info(path)["type"])
     except Exception as error:
-        if type(error) is FileNotFoundError and error.__cause__ is None:
+        if _is_absence(error):
             return None
         raise _failure(url, error) from error
 
 
-def _lists(fs: Any, url: str) -> bool:
-    """Whether a web server shows what is in a folder of this name."""
+def _kind_of_page(url: str) -> str | None:
+    """The same where a web server showed no listing above: a folder is what has one itself."""
     try:
-        return bool(fs.ls(url + "/", detail=False))
-    except FileNotFoundError:
+        if entries(url):
+            return "directory"
+    except HubError as error:
+        if not isinstance(error.__cause__, Exception) or not _is_absence(error.__cause__):
+            raise
+    fs, path = _file_system(url)
+    try:
+        return str(fs.info(path)["type"])
+    except Exception as error:
+        if _is_absence(error):
+            return None
+        raise _failure(url, error) from error
+
+
+def _is_absence(error: Exception) -> bool:
+    """Whether an exception says no more than that there is nothing of this name."""
+    names = {base.__name__ for cause in _chain(error) for base in type(cause).__mro__}
+    if names & {"RepositoryNotFoundError", "RevisionNotFoundError", "HFValidationError"}:
         return False
+    return "FileNotFoundError" in names and _status(error) in (None, 404) and not _broken(error)
+
+
+def _broken(error: Exception) -> bool:
+    """Whether a connection failed on the way."""
+    return any(base.__name__ in _BREAKS for cause in _chain(error) for base in type(cause).__mro__)
 
 
 def size(url: str) -> int:
@@ -151,9 +194,7 @@ class RemoteFile:
         self._system, self._path = _file_system(url)
         self.size = size(url)
         self._handle: Any = None
-        self._ahead = b""
-        self._ahead_at = 0
-        self._next_ahead = _FIRST_AHEAD
+        self._ahead, self._next = 1, -1
 
     def __enter__(self) -> Self:
         return self
@@ -173,17 +214,29 @@ class RemoteFile:
         return data[offset - start : offset - start + count]
 
     def read_into(self, out: memoryview, offset: int) -> int:
-        """Fill `out` from `offset`, or some of it; reads ahead where reads follow each other."""
-        within = offset - self._ahead_at
-        if not 0 <= within < len(self._ahead):
-            follows = within == len(self._ahead)
-            self._next_ahead = min(2 * self._next_ahead, _MOST_AHEAD) if follows else _FIRST_AHEAD
-            count = max(len(out), self._next_ahead if follows else 0)
-            self._ahead = self._fetch(offset, min(count, self.size - offset))
-            self._ahead_at, within = offset, 0
-        data = self._ahead[within : within + len(out)]
+        """Fill `out` from `offset`, or some of it, from blocks of 1 MB that are kept a while."""
+        number, within = divmod(offset, _BLOCK_BYTES)
+        block = _blocks.get((self._url, number))
+        if block is None:
+            block = self._fetch_blocks(number, len(out) + within)
+        data = block[within : within + len(out)]
         out[: len(data)] = data
         return len(data)
+
+    def _fetch_blocks(self, first: int, num_bytes: int) -> bytes:
+        """Fetch blocks from `first` on: what is asked for, more where misses follow each other."""
+        self._ahead = min(2 * self._ahead, _MOST_AHEAD) if first == self._next else 1
+        count = max(self._ahead, -(-num_bytes // _BLOCK_BYTES))
+        start = first * _BLOCK_BYTES
+        data = self._fetch(start, min(count * _BLOCK_BYTES, self.size - start))
+        self._next = first + count
+        blocks = [data[at : at + _BLOCK_BYTES] for at in range(0, len(data), _BLOCK_BYTES)]
+        with _lock:
+            for number, block in enumerate(blocks, start=first):
+                _blocks[self._url, number] = block
+            while len(_blocks) > _MOST_BLOCKS:
+                _blocks.popitem(last=False)
+        return blocks[0] if blocks else b""
 
     def expect(self, ranges: Iterable[tuple[int, int]]) -> None:
         """Fetch these (offset, count) together."""
@@ -203,7 +256,7 @@ class RemoteFile:
                 data = self._fetch_once(offset, count)
                 break
             except Exception as error:
-                if attempt == _NUM_ATTEMPTS or _status(error) or _refusal(error):
+                if attempt == _NUM_ATTEMPTS or not _broken(error):
                     raise _failure(self._url, error) from error
                 self.close()
                 time.sleep(attempt)
@@ -273,6 +326,11 @@ def _joined(ranges: Iterable[tuple[str, int, int]]) -> Iterator[tuple[str, int, 
         yield current
 
 
+def _plain(name: str, url: str) -> str:
+    """A name as a person writes it, from one in a URL."""
+    return unquote(name) if _is_http(url) else name
+
+
 def _is_http(url: str) -> bool:
     return url.startswith(("http://", "https://"))
 
@@ -324,7 +382,7 @@ def _failure(url: str, error: Exception) -> MTTError:
     refusal, status = _refusal(error), _status(error)
     if refusal == "offline":
         return HubError(f"{url} cannot be reached", found=found, fix="unset HF_HUB_OFFLINE")
-    if refusal == "missing" or (status == 404 and not refusal):
+    if refusal == "missing" or (not refusal and _is_absence(error)):
         private = f"; if it is private, {login}" if is_hub else ""
         return HubError(f"{url} was not found", found=found, fix=f"check the name{private}")
     if refusal == "access" or status in (401, 403):

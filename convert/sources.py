@@ -201,9 +201,15 @@ def expect(ranges: Iterable[Range]) -> None:
         remote.fetch(wanted)
 
 
-def refresh(path: str) -> None:
-    """Forget what was seen of a remote place before."""
-    if is_remote(path):
-        from . import remote
+def begin(path: str) -> str:
+    """What to call a place from now on; what was seen of a remote one before is forgotten.
 
-        remote.forget()
+    Raises:
+        HubError: a remote place is not there, or cannot be reached.
+    """
+    if not is_remote(path):
+        return _LOCAL.sub("", path, count=1)
+    from . import remote
+
+    remote.begin(absolute(path))
+    return absolute(path)

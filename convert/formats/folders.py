@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from .. import sources
-from ..errors import HubError, IncompleteError, NotACheckpointError, UsageError
+from ..errors import IncompleteError, NotACheckpointError, UsageError
 from ..sources import listing
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -53,12 +53,6 @@ def locate(path: str, iteration: int | None, holds_model: Callable[[str], bool])
         UsageError: the choice between several iterations is the user's.
     """
     if not sources.exists(path):
-        if sources.is_remote(path):
-            raise HubError(
-                f"{path} was not found",
-                expected="a checkpoint folder",
-                fix="check the name, and that you may read it",
-            )
         raise NotACheckpointError(f"{path} does not exist", expected="a checkpoint folder")
     if not sources.is_dir(path):
         raise NotACheckpointError(
