@@ -58,7 +58,9 @@ class DistributedCheckpoint:
             CorruptError: metadata that contradicts itself or the files.
         """
         chunks = {name: self._chunks(name) for name in names}
-        places = {self._place(n, start): n for n, parts in chunks.items() for start, _ in parts}
+        found = [(self._place(n, start), n) for n, parts in chunks.items() for start, _ in parts]
+        _check_apart((place for place, _ in found), self.folder)
+        places = dict(found)
         self._check_files({path: name for (path, _, _), name in places.items()})
         ends = ((path, at, at + length, min(length, _END_BYTES)) for path, at, length in places)
         sources.expect(
@@ -196,3 +198,17 @@ def _stored(metadata: Record) -> dict[tuple[str, Ints | None], Stored]:
         place = (info.field("relative_path"), info.field("offset"), info.field("length"))
         stored[name, start] = place
     return stored
+
+
+def _check_apart(places: Iterable[tuple[str, int, int]], folder: str) -> None:
+    """Raise CorruptError where two chunks stand in the same place, or one in another."""
+    end, last = 0, ""
+    for path, offset, length in sorted(places):
+        if path == last and offset < end:
+            raise CorruptError(
+                f"{folder}/{METADATA} places two chunks in the same bytes",
+                found=f"{os.path.basename(path)} from {offset}",
+                expected=f"nothing before {end}",
+                fix="copy that file again",
+            )
+        end, last = offset + length, path

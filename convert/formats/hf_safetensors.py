@@ -81,7 +81,11 @@ def read_file(path: str) -> dict[str, LazyTensor]:
         entries = json.loads(header)
         entries.pop("__metadata__", None)
         tensors = {name: _tensor(path, 8 + length, e) for name, e in entries.items()}
-        end = 8 + length + max((e["data_offsets"][1] for e in entries.values()), default=0)
+        end = 8 + length
+        for start, stop in sorted(entry["data_offsets"] for entry in entries.values()):
+            if 8 + length + start != end:
+                raise ValueError(f"tensors that overlap or leave a gap at {start}")
+            end = 8 + length + stop
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _damaged(path, f"{type(error).__name__}: {error}") from error
     if end != size:

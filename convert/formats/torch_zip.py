@@ -36,6 +36,8 @@ from .pickles import STORAGES, StorageRef, load_pickle
 _OLD_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch/serialization.py MAGIC_NUMBER
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
 _TAIL_BYTES = 64 << 10
+# A record may be followed by its sizes once more.
+_DESCRIPTOR_SIZES = (0, 16, 24)
 
 
 def load(path: str, offset: int = 0, length: int | None = None) -> Any:
@@ -100,13 +102,28 @@ class _Archive:
         self._prefix = pickles[0].removesuffix("data.pkl")
 
     def load(self) -> Any:
+        self._check_order()
         order = self._records.get(f"{self._prefix}byteorder")
         if order and self._read(order) != b"little":
             raise _damaged(self.path, "big-endian storages", "little-endian ones")
         data = self._read(self._records[f"{self._prefix}data.pkl"])
+        self._check_sum(data)
         headers = [self._start + info.header_offset for info in self._records.values()]
         self._file.expect((position, _LOCAL_HEADER.size) for position in headers)
         return load_pickle(data, self.path, self._storage)
+
+    def _check_order(self) -> None:
+        """Records follow each other: remember what each is followed by."""
+        places = sorted(info.header_offset for info in self._records.values())
+        self._next = dict(zip(places, [*places[1:], self._zip.start_dir], strict=True))
+
+    def _check_sum(self, data: bytes) -> None:
+        """Hold the pickle against its checksum, which torch can be told to leave out."""
+        info = self._records[f"{self._prefix}data.pkl"]
+        if info.CRC not in (0, zlib.crc32(data)):
+            raise _damaged(self.path, "a pickle with another checksum", f"{info.CRC:#010x}")
+        start = self._data_start(info) - self._start
+        self._alignment = _ALIGNMENT if start % _ALIGNMENT == 0 else 1
 
     def _storage(self, reference: Any) -> StorageRef:
         match reference:
@@ -118,7 +135,10 @@ class _Archive:
                 if info.file_size != num_elements * dtype.itemsize:
                     expected = f"{num_elements} x {dtype.itemsize} bytes"
                     raise _damaged(self.path, f"{name} of {info.file_size} bytes", expected)
-                return StorageRef(dtype, self.path, self._data_start(info), num_elements)
+                start = self._data_start(info)
+                if (start - self._start) % self._alignment:
+                    raise _damaged(self.path, f"{name} at {start}", "storages in their places")
+                return StorageRef(dtype, self.path, start, num_elements)
         raise _damaged(self.path, f"storage reference {str(reference)[:80]}", "a torch storage")
 
     def _data_start(self, info: zipfile.ZipInfo) -> int:
@@ -129,6 +149,9 @@ class _Archive:
             raise _damaged(self.path, f"no record at {header_start}", info.filename)
         _, name_size, extra_size = _LOCAL_HEADER.unpack(header)
         start: int = header_start + _LOCAL_HEADER.size + name_size + extra_size
+        gap = self._start + self._next[info.header_offset] - start - info.file_size
+        if gap not in _DESCRIPTOR_SIZES:
+            raise _damaged(self.path, f"{gap} bytes after {info.filename}", "records without gaps")
         if info.compress_type != zipfile.ZIP_STORED or start + info.file_size > self._end:
             found = f"{info.filename} compressed or longer than the file"
             raise _damaged(self.path, found, "records stored as they are")
