@@ -115,6 +115,9 @@ class _Archive:
     def _check_order(self) -> None:
         """Records follow each other: remember what each is followed by."""
         places = sorted(info.header_offset for info in self._records.values())
+        if not 0 <= places[0] <= places[-1] < self._zip.start_dir:
+            found = f"records from {places[0]} to {places[-1]}"
+            raise _damaged(self.path, found, f"records before {self._zip.start_dir}")
         self._next = dict(zip(places, [*places[1:], self._zip.start_dir], strict=True))
 
     def _check_sum(self, data: bytes) -> None:

@@ -5,6 +5,7 @@ Each begins as a real checkpoint that converts; one thing about it is then wrong
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import random
 import shutil
@@ -580,7 +581,21 @@ def test_an_unknown_parameter_of_torch_dist(dist: Path, out: Path) -> None:
     name = "decoder.layers.mlp.gate.weight"
     with edited_metadata(dist) as metadata:
         _rename(metadata, "decoder.layers.self_attention.linear_proj.weight", name, keep=True)
+        for index, info in metadata.storage_data.items():
+            if index.fqn == name:
+                place = dist / ITERATION / info.relative_path
+                shutil.copy(place, place.with_name(f"more{place.name}"))
+                metadata.storage_data[index] = dataclasses.replace(
+                    info, relative_path=f"more{place.name}"
+                )
     refused(dist, out, MappingError, says="mlp.gate.weight")
+
+
+def test_two_parameters_in_one_place(dist: Path, out: Path) -> None:
+    old = "decoder.layers.self_attention.linear_proj.weight"
+    with edited_metadata(dist) as metadata:
+        _rename(metadata, old, "decoder.layers.mlp.gate.weight", keep=True)
+    refused(dist, out, CorruptError, says="two chunks in the same bytes")
 
 
 def _rename(metadata: Any, old: str, new: str, *, keep: bool = False) -> None:

@@ -157,9 +157,8 @@ class TestHalves:
     def test_of_two_sizes(self, root: Path) -> None:
         with edited_metadata(root) as metadata:
             entries = metadata.state_dict_metadata
-            entries["decoder.layers.1.mlp.linear_fc1.weight_v"] = entries[
-                "decoder.layers.1.mlp.linear_fc2.weight"
-            ]
+            fc2 = entries.pop("decoder.layers.1.mlp.linear_fc2.weight")
+            entries["decoder.layers.1.mlp.linear_fc1.weight_v"] = fc2
             stored = metadata.storage_data
             for index in list(stored):
                 if index.fqn == "decoder.layers.1.mlp.linear_fc2.weight":

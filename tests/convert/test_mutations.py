@@ -104,7 +104,11 @@ def mutated(checkpoint: Checkpoint, rng: random.Random) -> Iterator[str]:
     elif kind == "remove":
         del data[place : place + rng.choice([1, 4, 16, 64])]
     elif kind == "swap":
-        other = rng.choice(sorted(checkpoint.files))
+        # Which chunk a file holds is said by the file's name alone.
+        chunks = path.suffix == ".distcp"
+        other = rng.choice(
+            [p for p in sorted(checkpoint.files) if not chunks or p.suffix != ".distcp"]
+        )
     try:
         if kind == "delete":
             path.unlink()
