@@ -85,6 +85,37 @@ class LocalFile:
         os.close(self._descriptor)
 
 
+class Window:
+    """The part `[start, end)` of an open file, as a file object of Python."""
+
+    def __init__(self, file: File, start: int, end: int) -> None:
+        self._file, self._start, self._size, self._position = file, start, end - start, 0
+
+    def seekable(self) -> bool:
+        """It is."""
+        return True
+
+    def tell(self) -> int:
+        """Bytes from the beginning of the part."""
+        return self._position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Move, within the part or beyond its end."""
+        origin = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
+        if origin + offset < 0:
+            raise OSError("seek before the beginning")
+        self._position = origin + offset
+        return self._position
+
+    def read(self, count: int = -1) -> bytes:
+        """Up to `count` bytes, or all that is left."""
+        left = max(0, self._size - self._position)
+        count = left if count is None or count < 0 else min(count, left)
+        data = self._file.pread(count, self._start + self._position)
+        self._position += len(data)
+        return data
+
+
 def is_remote(path: str) -> bool:
     """Whether a path is a URL of another machine."""
     return bool(_URL.match(path)) and not _LOCAL.match(path)

@@ -11,7 +11,7 @@ from .. import sources
 from ..checkpoint import RawCheckpoint
 from ..errors import NotACheckpointError, UnsupportedError
 from ..sources import listing
-from . import megatron_torch, megatron_torch_dcp, megatron_torch_dist, megatron_zarr
+from . import megatron_torch, megatron_torch_dcp, megatron_torch_dist, megatron_zarr, nemo
 from .folders import Place, locate
 
 
@@ -32,6 +32,7 @@ READERS: tuple[Reader, ...] = (
     megatron_torch_dcp,
     megatron_zarr,
     megatron_torch,
+    nemo,
 )
 
 
@@ -48,6 +49,8 @@ def find(path: str, iteration: int | None = None) -> tuple[Reader, Place]:
     def holds_model(folder: str) -> bool:
         return any(reader.holds_model(folder) for reader in READERS)
 
+    if nemo.holds_model(path):
+        return nemo, Place(sources.absolute(path), None)
     place = locate(path, iteration, holds_model)
     for reader in READERS:
         if reader.holds_model(place.folder):

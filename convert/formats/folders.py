@@ -78,6 +78,9 @@ def locate(path: str, iteration: int | None, holds_model: Callable[[str], bool])
     if holds_model(path):
         own = _ITERATION.fullmatch(os.path.basename(path))
         return Place(path, int(own[1]) if own else None)
+    weights = os.path.join(path, "weights")  # NeMo 2
+    if sources.is_dir(weights) and holds_model(weights):
+        return Place(weights, None)
     if sources.is_file(tracker):
         return _tracked(path, tracker, here)
     if len(here) == 1:

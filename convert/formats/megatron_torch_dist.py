@@ -40,9 +40,10 @@ from ..plan import PlannedFile, PlannedTensor, document
 from ..tensors import LazyTensor, concat, stack
 from .dcp import METADATA, open_metadata
 from .folders import Place
+from .nemo_config import arguments_beside
 from .pickle_writer import Call, Global, Instance, Pairs, dumps
 from .torch_zip import Weight, load, plan, tensor_value
-from .values import iteration, plain_arguments, version
+from .values import iteration, plain_arguments, plain_values, version
 
 NAME = "torch_dist"
 _STATE = re.compile(
@@ -104,11 +105,16 @@ def open_global(
     evidence.append("layers are stacked" if is_stacked else "layers are numbered")
     if len(joined) < len(tensors):
         evidence.append("gate and up of the MLP are apart")
+    arguments: Mapping[str, object] | None = plain_arguments(common.get("args"))
+    if arguments is None:
+        beside, found = arguments_beside(place.folder)
+        arguments = None if beside is None else plain_values(beside)
+        evidence += [found] if found else []
     return raw_checkpoint(
         backend,
         place,
         (joined, dropped),
-        arguments=plain_arguments(common.get("args")),
+        arguments=arguments,
         iteration=iteration(common, place, where),
         checkpoint_version=version(common, where, missing=3.0),
         evidence=tuple(evidence),

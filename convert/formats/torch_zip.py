@@ -16,7 +16,6 @@ Sizes of 4 GiB and more stand in ZIP64 fields (PKWARE's APPNOTE.TXT 6.3.10, 4.3 
 
 from __future__ import annotations
 
-import os
 import struct
 import zipfile
 import zlib
@@ -28,7 +27,7 @@ from ..boxes import row_major
 from ..dtypes import DType
 from ..errors import CorruptError, SourceError, UnsupportedError
 from ..plan import PlannedTensor
-from ..sources import File, open_file
+from ..sources import File, Window, open_file
 from ..tensors import LazyTensor
 from .pickle_writer import Call, Global, StorageKey, dumps
 from .pickles import STORAGES, StorageRef, load_pickle
@@ -81,7 +80,7 @@ class _Archive:
                 expected="a zip file, as torch.save writes since torch 1.6",
                 fix="load and save it once with a newer torch, if you trust its author",
             )
-        window = cast(BinaryIO, _Window(file, start, end))
+        window = cast(BinaryIO, Window(file, start, end))
         try:
             self._zip = zipfile.ZipFile(window)
         except (
@@ -162,33 +161,6 @@ class _Archive:
 
     def _read(self, info: zipfile.ZipInfo) -> bytes:
         return self._file.pread(info.file_size, self._data_start(info))
-
-
-class _Window:
-    """The part `[start, end)` of a file, as a file."""
-
-    def __init__(self, file: File, start: int, end: int) -> None:
-        self._file, self._start, self._size, self._position = file, start, end - start, 0
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        origin = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
-        if origin + offset < 0:
-            raise OSError("seek before the beginning")
-        self._position = origin + offset
-        return self._position
-
-    def read(self, count: int = -1) -> bytes:
-        left = max(0, self._size - self._position)
-        count = left if count is None or count < 0 else min(count, left)
-        data = self._file.pread(count, self._start + self._position)
-        self._position += len(data)
-        return data
 
 
 @dataclass(frozen=True, slots=True)
