@@ -44,6 +44,7 @@ from .documents import (
 )
 from .errors import InconsistentError, UnsupportedError, UsageError
 from .execute import Progress, run
+from .formats import epfl
 from .manifest import ALGORITHMS
 from .mapping import shorten
 from .target import FolderSink
@@ -77,6 +78,8 @@ def open_checkpoint(
         )
     reader, place = formats.find(path, iteration)
     raw = reader.open_folder(place, frozenset(skip_keys))
+    if epfl.is_epfl(raw):
+        raw = epfl.in_core_words(raw)
     dialect, shards = _canonical_names(raw)
     tp = 1 + max(shard.tp for shard in shards)
     held = topology.holders(topology.number_layers(shards))
