@@ -70,6 +70,7 @@ def serving(site: Site) -> Iterator[Site]:
         do_HEAD = do_GET
 
         def do_POST(self) -> None:
+            self.rfile.read(int(self.headers.get("Content-Length") or 0))
             self.answer(404, b"{}", "application/json")
 
         def from_folder(self, place: Path) -> None:
@@ -97,8 +98,8 @@ def serving(site: Site) -> Iterator[Site]:
         def from_hub(self, path: str) -> None:
             parts = path.strip("/").split("/")
             if parts[:2] == ["api", "models"]:
-                repo = site.root / parts[2] / parts[3]
-                if not repo.is_dir():
+                repo = site.root.joinpath(*parts[2:4])
+                if len(parts) < 4 or not repo.is_dir():
                     return self.answer(401, b"{}", "application/json", X_Error_Code="RepoNotFound")
                 if len(parts) > 5 and parts[5] not in ("main", "v2"):
                     return self.answer(

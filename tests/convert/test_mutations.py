@@ -1,12 +1,14 @@
 """Real checkpoints, changed a little at random: a typed error, or the result they had before.
 
 Bytes of tensors are left alone: a weight that changed cannot be told. So are values in a
-`config.json`, for the same reason; everything else has to be noticed or not to matter.
+`config.json` or a YAML file, for the same reason; everything else has to be noticed or not to
+matter.
 """
 
 from __future__ import annotations
 
 import random
+import tarfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +21,7 @@ import xxhash
 from mtt_convert import MTTError, convert, open_checkpoint
 from mtt_convert.reading import FileReader, stream
 from tests.convert.surgery import TORCH, copy_of
+from tests.convert.test_nemo import CONFIG_1, archive
 
 Golden = Callable[[str], Path]
 NUM_MUTATIONS = 160
@@ -30,6 +33,7 @@ SOURCES = {
     "torch_dcp": "mcore/llama/fsdp2_dp2/torch_dcp",
     "fsdp_dtensor": "mcore/llama_bf16/mfsdp_dp2/fsdp_dtensor",
     "hf": "mcore/tiny/core_0.15/zarr",
+    "nemo": "mcore/tiny/core_0.15/zarr",
 }
 KINDS = ("flip", "flip", "flip", "set", "zero", "truncate", "insert", "remove", "delete", "swap")
 
@@ -62,8 +66,9 @@ def checkpoint(request: pytest.FixtureRequest, golden: Golden, tmp_path: Path) -
     if request.param == "hf":
         convert(root, tmp_path / "hf", tokenizer="none", max_shard_size="16KB")
         root = tmp_path / "hf"
-        for name in ("config.json", "generation_config.json", "README.md", "mtt_manifest.json"):
-            (root / name).chmod(0o644) if (root / name).exists() else None
+    if request.param == "nemo":
+        (tmp_path / "nemo").mkdir()
+        root = archive(golden, tmp_path / "nemo" / "llama.nemo", CONFIG_1).parent
     files = {p: p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
     inside = {path: np.zeros(len(data), bool) for path, data in files.items()}
     for tensor in open_checkpoint(root).tensors.values():
@@ -72,6 +77,12 @@ def checkpoint(request: pytest.FixtureRequest, golden: Golden, tmp_path: Path) -
             last = sum((size - 1) * step for size, step in spans)
             end = piece.offset + (last + 1) * tensor.dtype.itemsize
             inside[Path(piece.path)][piece.offset : end] = True
+    if request.param == "nemo":
+        with tarfile.open(root / "llama.nemo") as tar:
+            for member in tar:
+                if not member.name.endswith(".ckpt"):
+                    last = member.offset_data + member.size
+                    inside[root / "llama.nemo"][member.offset_data : last] = True
     for path in list(files):
         path.chmod(0o644)
         if request.param == "hf" and (path.suffix != ".safetensors" and "index" not in path.name):
