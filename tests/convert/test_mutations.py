@@ -139,7 +139,9 @@ def test_a_change_is_refused_or_does_not_matter(
 ) -> None:
     rng = random.Random(20)
     refused = 0
-    for number in range(NUM_MUTATIONS):
+    # An archive is four large files in one, and slow to open.
+    num_mutations = NUM_MUTATIONS // (4 if checkpoint.root.name == "nemo" else 1)
+    for number in range(num_mutations):
         with mutated(checkpoint, rng) as change:
             try:
                 found = result(checkpoint.root)
@@ -150,6 +152,6 @@ def test_a_change_is_refused_or_does_not_matter(
             except Exception as error:
                 raise AssertionError(f"{number}: {change}") from error
             assert found == checkpoint.result, f"{number}: {change}"
-    record_property("summary", f"{refused} of {NUM_MUTATIONS} changes were refused")
-    assert refused > NUM_MUTATIONS / 4
+    record_property("summary", f"{refused} of {num_mutations} changes were refused")
+    assert refused > num_mutations / 4
     assert result(checkpoint.root) == checkpoint.result
