@@ -47,7 +47,10 @@ LAYOUT_OPTIONS = (
     "--transformer-impl",
     "--make-vocab-size-divisible-by",
 )
-_SOURCE = "Megatron's --save folder, or one iteration, or a Hugging Face folder"
+_SOURCE = (
+    "Megatron's --save folder, one iteration, a .nemo file, or a Hugging Face folder: a path, "
+    "hf://owner/repo[@revision][/folder], or a URL that fsspec knows"
+)
 _EPILOG = """\
 examples:
   mtt demo                                     see the main job on a tiny model
@@ -303,6 +306,7 @@ def _inspect(commands: argparse._SubParsersAction[_Parser]) -> None:
         "show what a checkpoint is, without reading its weights",
         "mtt inspect /checkpoints/gpt",
         "mtt inspect /checkpoints/gpt --iteration 1000 --json",
+        "mtt inspect hf://owner/repo",
     )
     parser.add_argument("source", metavar="CKPT", help=_SOURCE)
     _add_source_options(parser)
@@ -320,6 +324,7 @@ def _convert(commands: argparse._SubParsersAction[_Parser]) -> None:
         "mtt convert /checkpoints/gpt out --model-type auto",
         "mtt convert /checkpoints/345m out --config megatron-gpt2-345m",
         "mtt convert /checkpoints/gpt new --to torch --tp 4 --pp 2",
+        "mtt convert hf://owner/repo@main/iter_0001000 out",
         "mtt convert llama-folder new --to torch_dist --tp 8",
         "mtt convert llama-folder out --to hf --model-type mtt",
         "mtt convert /checkpoints/gpt hf://owner/repo     upload while converting",

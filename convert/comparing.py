@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from . import manifest
+from . import manifest, sources
 from .checkpoint import Checkpoint
 from .dtypes import DTYPES, DType
 from .errors import CorruptError, IncompleteError
@@ -91,14 +91,14 @@ class _Side:
 
     def __init__(self, path: str) -> None:
         self.path = path
-        self.is_hugging_face = os.path.isdir(path) and hf_safetensors.holds_model(path)
+        self.is_hugging_face = sources.is_dir(path) and hf_safetensors.holds_model(path)
         self.checkpoint: Checkpoint | None = None
         if not self.is_hugging_face or _has_family(path):
             self.checkpoint = open_checkpoint(path)
 
 
 def _has_family(folder: str) -> bool:
-    if not os.path.isfile(os.path.join(folder, "config.json")):
+    if not sources.is_file(os.path.join(folder, "config.json")):
         return False
     return read_config(folder).get("model_type") in FAMILIES
 

@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from . import sources
 from .arguments import OWN
 from .checkpoint import Checkpoint
 from .documents import special_tokens
@@ -82,10 +83,9 @@ def choose_tokenizer(
         return read_tokenizer(choice, checkpoint.args)
     named = [checkpoint.args.get(n) for n in ("tokenizer_model", "vocab_file")]
     paths = [name for name in named if isinstance(name, str) and name]
-    roots = (checkpoint.folder, os.path.dirname(checkpoint.folder))
     for path in paths:
-        for candidate in (path, *(os.path.join(root, path) for root in roots)):
-            if os.path.exists(candidate):
+        for candidate in _places(path, checkpoint.folder):
+            if sources.exists(candidate):
                 return read_tokenizer(candidate, checkpoint.args)
     if warnings is None:
         return Tokenizer()
@@ -99,6 +99,15 @@ def choose_tokenizer(
     else:
         warnings.append("the checkpoint names no tokenizer: add its files with --tokenizer")
     return Tokenizer()
+
+
+def _places(path: str, folder: str) -> list[str]:
+    """Where a tokenizer that a checkpoint names may be: never where no one asked mtt to go."""
+    if sources.is_remote(path):
+        return [path] if path == folder else []
+    if sources.is_remote(folder):
+        return [path, os.path.join(folder, path)]
+    return [path, os.path.join(folder, path), os.path.join(os.path.dirname(folder), path)]
 
 
 def true_vocabulary(

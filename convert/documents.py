@@ -9,9 +9,10 @@ import importlib.util
 import os
 from collections.abc import Mapping
 
+from . import sources
 from .argument_tables import NOTHING
 from .checkpoint import Checkpoint
-from .errors import MTTError, SourceError
+from .errors import MTTError
 from .families import Family
 from .plan import document
 from .tokenizer import Tokenizer
@@ -72,13 +73,9 @@ def generation_json(checkpoint: Checkpoint, tokens: Mapping[str, object]) -> byt
         SourceError: it cannot be read.
     """
     path = os.path.join(checkpoint.folder, "generation_config.json")
-    if not checkpoint.config or not os.path.isfile(path):
+    if not checkpoint.config or not sources.is_file(path):
         return document(generation_config(tokens))
-    try:
-        with open(path, "rb") as file:
-            return file.read()
-    except OSError as error:
-        raise SourceError(f"{path} cannot be read", found=str(error)) from error
+    return sources.read(path)
 
 
 def modeling_files(family: Family) -> dict[str, bytes]:

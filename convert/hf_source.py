@@ -15,7 +15,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 
-from . import parameters
+from . import parameters, sources
 from .architecture import Architecture
 from .checkpoint import Checkpoint, Layout, Replicas
 from .dtypes import DTYPES
@@ -23,14 +23,13 @@ from .errors import (
     CorruptError,
     IncompleteError,
     MappingError,
-    SourceError,
     UnsupportedError,
     UsageError,
 )
 from .families import FAMILIES, Family
 from .formats import hf_safetensors
-from .formats.folders import listing
 from .mapping import RuleTable, shorten
+from .sources import listing
 from .tensors import LazyTensor, zeros
 from .tokenizer import has_tokenizer
 
@@ -40,7 +39,7 @@ _HEAD, _EMBEDDING = "output_layer.weight", "embedding.word_embeddings.weight"
 
 def is_hf_folder(path: str) -> bool:
     """Whether a path is a Hugging Face folder with weights of any kind."""
-    if not os.path.isfile(os.path.join(path, "config.json")):
+    if not sources.is_file(os.path.join(path, "config.json")):
         return False
     return hf_safetensors.holds_model(path) or bool(_other_weights(path))
 
@@ -76,7 +75,7 @@ def open_hf_folder(
             found=f"{path}, a Hugging Face folder",
             fix="leave it out: config.json says what the model is",
         )
-    folder = os.path.abspath(path)
+    folder = sources.absolute(path)
     config = read_config(folder)
     family = family_of(config, folder)
     _check_class(family, config)
@@ -119,10 +118,7 @@ def read_config(folder: str) -> Mapping[str, object]:
     """
     path = os.path.join(folder, "config.json")
     try:
-        with open(path, "rb") as file:
-            config = json.load(file)
-    except OSError as error:
-        raise SourceError(f"{path} cannot be read", found=str(error)) from error
+        config = json.loads(sources.read(path))
     except (ValueError, RecursionError) as error:
         raise CorruptError(f"{path} is damaged", found=str(error), fix="copy it again") from error
     if not isinstance(config, dict):

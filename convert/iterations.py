@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from . import sources
 from .errors import UsageError
 from .execute import Progress
 from .formats.folders import iteration_folder, iterations_in
@@ -23,7 +24,7 @@ def list_iterations(source: str) -> tuple[int, ...]:
         UsageError: it has none.
         SourceError: it cannot be read.
     """
-    found = iterations_in(source) if os.path.isdir(source) else ()
+    found = iterations_in(source) if sources.is_dir(source) else ()
     if not found:
         raise UsageError(
             f"{source} has no iterations",

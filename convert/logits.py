@@ -12,6 +12,7 @@ from .families import FAMILIES
 from .formats import hf_safetensors
 from .loading import from_megatron
 from .sharding import check_layout
+from .sources import is_remote
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,7 +31,7 @@ def load_model(
         LayoutError: it cannot be cut into such parts.
     """
     path = os.fspath(path)
-    if not (os.path.isdir(path) and hf_safetensors.holds_model(path)):
+    if is_remote(path) or not (os.path.isdir(path) and hf_safetensors.holds_model(path)):
         return from_megatron(path, dtype=dtype, tp_size=tp_size, pp_size=pp_size)
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.distributed import DistributedConfig

@@ -27,6 +27,7 @@ from . import (
     megatron_folder,
     parameters,
     replicas,
+    sources,
     topology,
 )
 from .architecture import Architecture
@@ -43,6 +44,7 @@ from .documents import (
 )
 from .errors import InconsistentError, UnsupportedError, UsageError
 from .execute import Progress, run
+from .formats import epfl
 from .hub import is_hub, parse_place
 from .hub_target import HubSink
 from .manifest import ALGORITHMS
@@ -60,22 +62,26 @@ def open_checkpoint(
     """Open a checkpoint: its metadata under canonical names, no tensor bytes.
 
     Args:
-        path: Megatron's `--save` folder, or one iteration in it, or a Hugging Face folder.
+        path: Megatron's `--save` folder, or one iteration in it, or a Hugging Face folder; a
+            path, `hf://owner/repo[@revision][/folder]`, or a URL that fsspec knows.
         iteration: which one; None follows the tracker file.
         overrides: Megatron arguments that replace or complete those in the checkpoint.
         skip_keys: entries that are not part of the model and may be left out.
 
     Raises:
         SourceError: it cannot be used; the subclass and message say why.
+        HubError: it cannot be reached.
         UsageError: something only the user knows is missing.
     """
-    path = os.fspath(path)
+    path = sources.begin(os.fspath(path))
     if hf_source.is_hf_folder(path):
         return hf_source.open_hf_folder(
             path, iteration=iteration, overrides=overrides, skip_keys=skip_keys
         )
     reader, place = formats.find(path, iteration)
     raw = reader.open_folder(place, frozenset(skip_keys))
+    if epfl.is_epfl(raw):
+        raw = epfl.in_core_words(raw)
     dialect, shards = _canonical_names(raw)
     tp = 1 + max(shard.tp for shard in shards)
     held = topology.holders(topology.number_layers(shards))
@@ -369,7 +375,7 @@ def check_target(source: str, target: str, upload: Mapping[str, bool] | None = N
             expected="hf://owner/repo",
             fix=f"leave out {', '.join(given)}",
         )
-    if _inside(target, source):
+    if not sources.is_remote(source) and _inside(target, source):
         raise UsageError(
             "the output would stand inside the checkpoint",
             found=target,

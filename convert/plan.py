@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from . import sources
 from .boxes import Ints
 from .checkpoint import Replicas
 from .dtypes import DType
@@ -133,7 +133,7 @@ def render(plan: ConversionPlan, folder: str) -> str:
         for tensor in file.tensors:
             cast = "" if tensor.dtype == tensor.source.dtype else f" from {tensor.source.dtype}"
             paths = sorted(
-                {os.path.relpath(p.path, folder) for p in tensor.source.pieces if p.path}
+                {sources.relative(p.path, folder) for p in tensor.source.pieces if p.path}
             )
             more = f" and {len(paths) - _MOST_SOURCES} more" if len(paths) > _MOST_SOURCES else ""
             shape = " x ".join(map(str, tensor.source.shape))

@@ -1,12 +1,11 @@
 """Bytes of lazy tensors: a window of a tensor gathered from its pieces.
 
-Only `pread` is used, into buffers of about the window's size: no mapping of files, so memory
+Files are read in place, into buffers of about the window's size: no mapping of files, so memory
 stays at the window however large the tensor is. One `FileReader` belongs to one thread.
 """
 
 from __future__ import annotations
 
-import os
 from collections import OrderedDict
 from collections.abc import Iterator
 from math import prod
@@ -17,6 +16,7 @@ import numpy as np
 from .boxes import Box, intersect, row_major, windows
 from .dtypes import DType
 from .errors import CorruptError, SourceError
+from .sources import File, open_file
 from .tensors import LazyTensor, Piece
 
 WINDOW_BYTES = 1 << 20
@@ -33,7 +33,7 @@ class FileReader:
     """Open files of one thread, and how many bytes it has read."""
 
     def __init__(self) -> None:
-        self._files: OrderedDict[str, int] = OrderedDict()
+        self._files: OrderedDict[str, File] = OrderedDict()
         self._scratch = np.empty(0, np.uint8)
         self.num_bytes = 0
 
@@ -47,7 +47,7 @@ class FileReader:
         trace: TracebackType | None,
     ) -> None:
         while self._files:
-            os.close(self._files.popitem()[1])
+            self._files.popitem()[1].close()
 
     def read_into(self, path: str, offset: int, out: memoryview) -> None:
         """Fill `out` from a file.
@@ -58,9 +58,9 @@ class FileReader:
         """
         position = 0
         try:
-            descriptor = self._open(path)
+            file = self._open(path)
             while position < len(out):
-                count = os.preadv(descriptor, [out[position:]], offset + position)
+                count = file.read_into(out[position:], offset + position)
                 if count == 0:
                     raise CorruptError(
                         f"{path} ended while it was read",
@@ -79,13 +79,13 @@ class FileReader:
             self._scratch = np.empty(num_bytes, np.uint8)
         return self._scratch[:num_bytes]
 
-    def _open(self, path: str) -> int:
+    def _open(self, path: str) -> File:
         if path in self._files:
             self._files.move_to_end(path)
             return self._files[path]
         while len(self._files) >= _MAX_OPEN_FILES:
-            os.close(self._files.popitem(last=False)[1])
-        self._files[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            self._files.popitem(last=False)[1].close()
+        self._files[path] = open_file(path)
         return self._files[path]
 
 

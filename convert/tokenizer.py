@@ -17,6 +17,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+from . import sources
 from . import tokenizer_sentencepiece as sentencepiece
 from . import tokenizer_tiktoken as tiktoken
 from .argument_tables import NOTHING, Arguments
@@ -69,7 +70,7 @@ def has_tokenizer(folder: str) -> bool:
     """Whether a folder has the files of a tokenizer that `read_tokenizer` reads."""
 
     def has(name: str) -> bool:
-        return os.path.isfile(os.path.join(folder, name))
+        return sources.is_file(os.path.join(folder, name))
 
     pairs = (("vocab.json", "merges.txt"), ("tokenizer.model", "tokenizer_config.json"))
     return has("tokenizer.json") or any(has(a) and has(b) for a, b in pairs)
@@ -88,9 +89,9 @@ def read_tokenizer(path: str, args: Arguments = NOTHING) -> Tokenizer:
         UnsupportedError: it is of a kind mtt cannot write.
         SourceError: a file is not readable.
     """
-    if os.path.isdir(path):
+    if sources.is_dir(path):
         return _from_folder(path, args)
-    if not os.path.isfile(path):
+    if not sources.is_file(path):
         raise UsageError(
             f"there is no tokenizer at {path}",
             expected=_EXPECTED,
@@ -100,10 +101,10 @@ def read_tokenizer(path: str, args: Arguments = NOTHING) -> Tokenizer:
 
 
 def _from_file(path: str, args: Arguments) -> Tokenizer:
-    name, data = os.path.basename(path), _bytes(path)
+    name, data = os.path.basename(path), sources.read(path)
     if tiktoken.is_ranks(data):
         beside = f"{path}.json"
-        said = _bytes(beside) if os.path.isfile(beside) else None
+        said = sources.read(beside) if sources.is_file(beside) else None
         return _from_ranks(tiktoken.read_ranks(data, name, said))
     if data.lstrip()[:1] == b"[" and name.endswith(".json"):
         values = _parsed(data, name)
@@ -125,17 +126,9 @@ def _from_file(path: str, args: Arguments) -> Tokenizer:
 
 def _with_chat_template(tokenizer: Tokenizer, folder: str) -> Tokenizer:
     path = os.path.join(folder, _CHAT_TEMPLATE)
-    if _CHAT_TEMPLATE in tokenizer.files or not os.path.isfile(path):
+    if _CHAT_TEMPLATE in tokenizer.files or not sources.is_file(path):
         return tokenizer
-    return replace(tokenizer, files={**tokenizer.files, _CHAT_TEMPLATE: _bytes(path)})
-
-
-def _bytes(path: str) -> bytes:
-    try:
-        with open(path, "rb") as file:
-            return file.read()
-    except OSError as error:
-        raise SourceError(f"{path} cannot be read", found=str(error)) from error
+    return replace(tokenizer, files={**tokenizer.files, _CHAT_TEMPLATE: sources.read(path)})
 
 
 def _parsed(data: bytes, name: str) -> object:
@@ -155,9 +148,9 @@ def _json(data: bytes, name: str) -> dict[str, object]:
 
 def _from_folder(path: str, args: Arguments) -> Tokenizer:
     files = {
-        name: _bytes(os.path.join(path, name))
+        name: sources.read(os.path.join(path, name))
         for name in _FOLDER_FILES
-        if os.path.isfile(os.path.join(path, name))
+        if sources.is_file(os.path.join(path, name))
     }
     if "tokenizer_config.json" not in files:
         return _with_chat_template(_from_file(_main_file(path, files), args), path)
@@ -179,10 +172,7 @@ def _main_file(folder: str, files: Mapping[str, bytes]) -> str:
     """The file to begin with in a folder without a tokenizer_config.json."""
     if "tokenizer.json" in files:
         return os.path.join(folder, "tokenizer.json")
-    try:
-        names = sorted(os.listdir(folder))
-    except OSError as error:
-        raise SourceError(f"{folder} cannot be read", found=str(error)) from error
+    names = sorted(sources.listing(folder))
     for ending in (".model", ".tiktoken"):
         if found := [name for name in names if name.endswith(ending)]:
             return os.path.join(folder, found[0])
@@ -248,7 +238,7 @@ def _from_vocab(path: str) -> Tokenizer:
     folder = os.path.dirname(path)
     vocab_path = os.path.join(folder, _find(folder, "vocab.json"))
     merges_path = os.path.join(folder, _find(folder, "merges.txt"))
-    vocab, merges = _bytes(vocab_path), _bytes(merges_path)
+    vocab, merges = sources.read(vocab_path), sources.read(merges_path)
     ids = _token_ids({"vocab.json": vocab})
     end = ids.get(_END_OF_TEXT)
     if not ids or end is None:
@@ -268,11 +258,7 @@ def _from_vocab(path: str) -> Tokenizer:
 
 
 def _find(folder: str, ending: str) -> str:
-    try:
-        names = os.listdir(folder or ".")
-    except OSError as error:
-        raise SourceError(f"{folder} cannot be read", found=str(error)) from error
-    found = sorted(name for name in names if name.endswith(ending))
+    found = [name for name in sources.listing(folder or ".") if name.endswith(ending)]
     if not found:
         raise UsageError(
             f"there is no tokenizer in {folder or '.'}",

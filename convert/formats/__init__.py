@@ -5,13 +5,14 @@ A new format is one new file with the names of `Reader`, and one entry in `READE
 
 from __future__ import annotations
 
-import os
 from typing import Protocol
 
+from .. import sources
 from ..checkpoint import RawCheckpoint
 from ..errors import NotACheckpointError, UnsupportedError
-from . import megatron_torch, megatron_torch_dist
-from .folders import Place, listing, locate
+from ..sources import listing
+from . import megatron_torch, megatron_torch_dcp, megatron_torch_dist, megatron_zarr, nemo
+from .folders import Place, locate
 
 
 class Reader(Protocol):
@@ -26,7 +27,13 @@ class Reader(Protocol):
         """The metadata of one iteration."""
 
 
-READERS: tuple[Reader, ...] = (megatron_torch_dist, megatron_torch)
+READERS: tuple[Reader, ...] = (
+    megatron_torch_dist,
+    megatron_torch_dcp,
+    megatron_zarr,
+    megatron_torch,
+    nemo,
+)
 
 
 def find(path: str, iteration: int | None = None) -> tuple[Reader, Place]:
@@ -36,12 +43,14 @@ def find(path: str, iteration: int | None = None) -> tuple[Reader, Place]:
         NotACheckpointError: no reader knows what is there.
         UnsupportedError: it is a known format that mtt cannot read.
     """
-    if os.path.isdir(path) and (refusal := _recognised(path)):
+    if sources.is_dir(path) and (refusal := _recognised(path)):
         raise refusal
 
     def holds_model(folder: str) -> bool:
         return any(reader.holds_model(folder) for reader in READERS)
 
+    if nemo.holds_model(path):
+        return nemo, Place(sources.absolute(path), None)
     place = locate(path, iteration, holds_model)
     for reader in READERS:
         if reader.holds_model(place.folder):
@@ -67,8 +76,6 @@ def _recognised(folder: str) -> UnsupportedError | None:
         )
     if "latest" in names and any(n.startswith("global_step") for n in names):
         found = "the root of a DeepSpeed checkpoint"
-    elif ".metadata" in names and "metadata.json" not in names:
-        found = "a plain torch.distributed checkpoint (torch_dcp or fsdp_dtensor)"
     elif any(n.startswith("layer_") and n.endswith("-model_states.pt") for n in names):
         found = "a Megatron-DeepSpeed checkpoint of layer files"
     elif any(n.endswith("_model_states.pt") for n in names):

@@ -11,7 +11,9 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..errors import IncompleteError, NotACheckpointError, SourceError, UsageError
+from .. import sources
+from ..errors import IncompleteError, NotACheckpointError, UsageError
+from ..sources import listing
 
 TRACKER = "latest_checkpointed_iteration.txt"
 _ITERATION = re.compile(r"iter_(\d{7,})")
@@ -37,18 +39,6 @@ def iterations_in(root: str) -> tuple[int, ...]:
     return tuple(sorted(int(hit[1]) for hit in found if hit))
 
 
-def listing(folder: str) -> list[str]:
-    """Names in a folder, sorted.
-
-    Raises:
-        SourceError: the folder cannot be read.
-    """
-    try:
-        return sorted(os.listdir(folder))
-    except OSError as error:
-        raise SourceError(f"{folder} cannot be read", found=str(error)) from error
-
-
 def locate(path: str, iteration: int | None, holds_model: Callable[[str], bool]) -> Place:
     """Find the folder of one iteration.
 
@@ -62,15 +52,15 @@ def locate(path: str, iteration: int | None, holds_model: Callable[[str], bool])
         IncompleteError: the tracker names an iteration that is not there.
         UsageError: the choice between several iterations is the user's.
     """
-    if not os.path.exists(path):
+    if not sources.exists(path):
         raise NotACheckpointError(f"{path} does not exist", expected="a checkpoint folder")
-    if not os.path.isdir(path):
+    if not sources.is_dir(path):
         raise NotACheckpointError(
             f"{path} is a file",
             expected="the folder that holds iter_* or mp_rank_* folders",
             fix="give that folder",
         )
-    path = os.path.abspath(path)
+    path = sources.absolute(path)
     here = iterations_in(path)
     tracker = os.path.join(path, TRACKER)
     if iteration is not None:
@@ -88,11 +78,14 @@ def locate(path: str, iteration: int | None, holds_model: Callable[[str], bool])
     if holds_model(path):
         own = _ITERATION.fullmatch(os.path.basename(path))
         return Place(path, int(own[1]) if own else None)
-    if os.path.isfile(tracker):
+    weights = os.path.join(path, "weights")  # NeMo 2
+    if sources.is_dir(weights) and holds_model(weights):
+        return Place(weights, None)
+    if sources.is_file(tracker):
         return _tracked(path, tracker, here)
     if len(here) == 1:
         return Place(iteration_folder(path, here[0]), here[0], here)
-    if os.path.isdir(os.path.join(path, "release")) and not here:
+    if sources.is_dir(os.path.join(path, "release")) and not here:
         return Place(os.path.join(path, "release"), None)
     if here:
         raise UsageError(
@@ -109,11 +102,7 @@ def locate(path: str, iteration: int | None, holds_model: Callable[[str], bool])
 
 
 def _tracked(path: str, tracker: str, here: tuple[int, ...]) -> Place:
-    try:
-        with open(tracker, encoding="utf-8", errors="replace") as file:
-            text = file.read(64).strip()
-    except OSError as error:
-        raise SourceError(f"{tracker} cannot be read", found=str(error)) from error
+    text = sources.read(tracker)[:64].decode("utf-8", "replace").strip()
     if text == "release":
         folder, number = os.path.join(path, "release"), None
     elif text.isascii() and text.isdecimal():
@@ -126,7 +115,7 @@ def _tracked(path: str, tracker: str, here: tuple[int, ...]) -> Place:
             expected="a number, or the word release",
             fix=_choose(here),
         )
-    if not os.path.isdir(folder):
+    if not sources.is_dir(folder):
         raise IncompleteError(
             f"{TRACKER} says {text}, but {os.path.basename(folder)} is not there",
             found=_choices(here),

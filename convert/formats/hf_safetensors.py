@@ -17,6 +17,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from .. import sources
 from ..boxes import row_major
 from ..dtypes import DTYPES, FROM_SAFETENSORS, DType
 from ..errors import CorruptError, IncompleteError, SourceError
@@ -32,7 +33,7 @@ _RANK = {name: rank for rank, name in enumerate(_ORDER)}
 
 def holds_model(folder: str) -> bool:
     """Whether a folder has safetensors weights."""
-    return any(os.path.isfile(os.path.join(folder, n)) for n in ("model.safetensors", INDEX))
+    return any(sources.is_file(os.path.join(folder, n)) for n in ("model.safetensors", INDEX))
 
 
 def read_tensors(folder: str) -> dict[str, LazyTensor]:
@@ -43,19 +44,17 @@ def read_tensors(folder: str) -> dict[str, LazyTensor]:
         CorruptError: a file contradicts its header.
     """
     index = os.path.join(folder, INDEX)
-    if not os.path.isfile(index):
+    if not sources.is_file(index):
         return read_file(os.path.join(folder, "model.safetensors"))
     try:
-        with open(index, "rb") as file:
-            weight_map = {str(k): str(v) for k, v in dict(json.load(file)["weight_map"]).items()}
-    except OSError as error:
-        raise SourceError(f"{index} cannot be read", found=str(error)) from error
+        content = json.loads(sources.read(index))
+        weight_map = {str(k): str(v) for k, v in dict(content["weight_map"]).items()}
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CorruptError(f"{index} is damaged", found=str(error)) from error
     tensors: dict[str, LazyTensor] = {}
     for name in sorted(set(weight_map.values())):
         path = os.path.join(folder, os.path.basename(name))
-        if not os.path.isfile(path):
+        if not sources.is_file(path):
             raise IncompleteError(f"{folder} is incomplete", expected=name, fix="copy it again")
         tensors.update(read_file(path))
     if missing := sorted(set(weight_map) - set(tensors)):
@@ -70,19 +69,23 @@ def read_file(path: str) -> dict[str, LazyTensor]:
         CorruptError: the header is damaged, or the file has another size than it says.
     """
     try:
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            length = int.from_bytes(file.read(8), "little")
+        with sources.open_file(path) as file:
+            size = file.size
+            length = int.from_bytes(file.pread(8, 0), "little")
             if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
                 raise _damaged(path, f"{size} bytes, a header of {length}")
-            header = file.read(length)
+            header = file.pread(length, 8)
     except OSError as error:
         raise SourceError(f"{path} cannot be read", found=str(error)) from error
     try:
         entries = json.loads(header)
         entries.pop("__metadata__", None)
         tensors = {name: _tensor(path, 8 + length, e) for name, e in entries.items()}
-        end = 8 + length + max((e["data_offsets"][1] for e in entries.values()), default=0)
+        end = 8 + length
+        for start, stop in sorted(entry["data_offsets"] for entry in entries.values()):
+            if 8 + length + start != end:
+                raise ValueError(f"tensors that overlap or leave a gap at {start}")
+            end = 8 + length + stop
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _damaged(path, f"{type(error).__name__}: {error}") from error
     if end != size:

@@ -22,6 +22,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 
+from .. import sources
 from ..checkpoint import Layout, RawCheckpoint, Shard
 from ..errors import (
     CorruptError,
@@ -31,8 +32,9 @@ from ..errors import (
     UnsupportedError,
 )
 from ..plan import PlannedFile
+from ..sources import listing
 from ..tensors import LazyTensor
-from .folders import Place, iteration_folder, listing
+from .folders import Place, iteration_folder
 from .pickle_writer import Call, Global, Instance
 from .pickles import is_opaque
 from .torch_zip import ORDERED_DICT, Weight, load, plan, tensor_value
@@ -127,7 +129,7 @@ def _rank_files(folder: str) -> list[_RankFile]:
     for name in listing(folder):
         hit = _RANK.fullmatch(name)
         path = os.path.join(folder, name, _FILE)
-        if hit and os.path.isfile(path):
+        if hit and sources.is_file(path):
             files.append(_RankFile(name, path, tuple(int(n) for n in hit.groups() if n)))
     return files
 
@@ -218,7 +220,7 @@ def _has_all(place: Place, iteration: int, sizes: Layout) -> bool:
     root = iteration_folder(os.path.dirname(place.folder), iteration)
     ranks = ((tp, pp) for tp in range(sizes.tp) for pp in range(sizes.pp))
     return all(
-        os.path.isfile(os.path.join(root, _rank_folder(tp, pp, sizes), _FILE)) for tp, pp in ranks
+        sources.is_file(os.path.join(root, _rank_folder(tp, pp, sizes), _FILE)) for tp, pp in ranks
     )
 
 

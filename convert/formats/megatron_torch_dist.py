@@ -1,13 +1,14 @@
 """Megatron-Core's `torch_dist` format: global tensors in chunks, independent of the layout.
 
     iter_0001000/metadata.json   {"sharded_backend": "torch_dist", ...}
-                 .metadata       pickle: for each global tensor its size and chunks (offsets,
-                                 sizes), and where each chunk stands (file, offset, length)
-                 __R_W.distcp    chunks of rank R, writer W: one torch.save zip each
+                 .metadata       tensors, their chunks and places: see `dcp.py`
+                 __R_W.distcp    the chunks
                  common.pt       args, iteration, checkpoint_version, optimizer settings
 
 Homogeneous layers are stacked: `decoder.layers.self_attention.linear_qkv.weight` is [L, ...];
-otherwise names carry the global layer number. Names under `optimizer.` are never opened.
+otherwise names carry the global layer number. With singleton shards the halves of a gated
+`linear_fc1` are two tensors, `weight_w` (gate) and `weight_v` (up). Names under `optimizer.`,
+whichever way the optimizer is laid out, are never opened.
 Stacked layers are written, each layer and each tensor-parallel rank's part a chunk of its own,
 as Megatron-Core does; what no reader asks for is left out: the plans of the ranks that saved, and
 the path and the identifier of the save.
@@ -22,19 +23,27 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
-from ..boxes import Box, Ints, tiles
+from .. import sources
+from ..boxes import Box, Ints
 from ..checkpoint import Layout, RawCheckpoint, Shard
 from ..dtypes import DType
-from ..errors import CorruptError, IncompleteError, SourceError, UnsupportedError, UsageError
+from ..errors import (
+    CorruptError,
+    IncompleteError,
+    InconsistentError,
+    UnsupportedError,
+    UsageError,
+)
 from ..plan import PlannedFile, PlannedTensor, document
-from ..tensors import LazyTensor, Piece, stack
+from ..tensors import LazyTensor, concat, stack
+from .dcp import METADATA, open_metadata
 from .folders import Place
+from .nemo_config import arguments_beside
 from .pickle_writer import Call, Global, Instance, Pairs, dumps
-from .pickles import Record, load_pickle
 from .torch_zip import Weight, load, plan, tensor_value
-from .values import iteration, plain_arguments, records, sizes, version
+from .values import iteration, plain_arguments, plain_values, version
 
 NAME = "torch_dist"
 _STATE = re.compile(
@@ -43,7 +52,10 @@ _STATE = re.compile(
     r"|(?P<rerun>rerun_state_machine_state.*)"
     r"|(?P<extra>.*\._extra_state(/.*)?)"
 )
-_MODEL = re.compile(r"(embedding|encoder|decoder|output_layer|mtp)\b")
+_MODEL = re.compile(r"(module\.)?(embedding|encoder|decoder|output_layer|mtp)\b")
+# NeMo saves the model within what wraps it.
+_WRAPPER = "module."
+_GATE, _UP = "_w", "_v"
 _KINDS = {"optimizer": "optimizer", "rng": "rng", "rerun": "rerun state", "extra": "_extra_state"}
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 _STACKED = re.compile(r"decoder\.layers\.(?!\d+\.)(.+)")
@@ -51,7 +63,7 @@ _STACKED = re.compile(r"decoder\.layers\.(?!\d+\.)(.+)")
 
 def holds_model(folder: str) -> bool:
     """Whether the folder has this format's metadata."""
-    return all(os.path.isfile(os.path.join(folder, n)) for n in (".metadata", "metadata.json"))
+    return all(sources.is_file(os.path.join(folder, n)) for n in (METADATA, "metadata.json"))
 
 
 def open_folder(place: Place, skip_keys: frozenset[str] = frozenset()) -> RawCheckpoint:
@@ -62,18 +74,65 @@ def open_folder(place: Place, skip_keys: frozenset[str] = frozenset()) -> RawChe
         UnsupportedError: another sharded backend, or quantized weights.
         CorruptError, UnsafePickleError: metadata that cannot be read as data.
     """
-    folder = place.folder
-    _check_backend(folder)
-    common = _common(folder)
-    metadata = load_pickle(_read(os.path.join(folder, ".metadata")), f"{folder}/.metadata")
-    if not isinstance(metadata, Record):
-        raise CorruptError(f"{folder}/.metadata is no checkpoint metadata")
-    stored = _stored(metadata)
-    dropped: dict[str, list[str]] = defaultdict(list)
-    tensors: dict[str, LazyTensor] = {}
-    entries = metadata.field("state_dict_metadata")
-    if not isinstance(entries, dict):
-        raise CorruptError(f"{folder}/.metadata lists no tensors")
+    return open_global(NAME, place, open_metadata(place.folder), skip_keys)
+
+
+class GlobalTensors(Protocol):
+    """Global tensors and objects by name, however they are stored."""
+
+    @property
+    def entries(self) -> Mapping[str, object]:
+        """All names."""
+
+    def is_tensor(self, name: str) -> bool:
+        """Whether an entry is a tensor; the others are objects."""
+
+    def tensors(self, names: Iterable[str]) -> dict[str, LazyTensor]:
+        """Some of the tensors, not read."""
+
+
+def open_global(
+    backend: str, place: Place, stored: GlobalTensors, skip_keys: frozenset[str]
+) -> RawCheckpoint:
+    """A checkpoint of Megatron-Core's: `stored` as `backend` has it, `common.pt` beside."""
+    _check_backend(place.folder, backend)
+    common = _common(place.folder)
+    where = f"{place.folder}/common.pt"
+    tensors, dropped = _model_tensors(stored, skip_keys)
+    joined = join_gated(tensors)
+    is_stacked = any(_STACKED.match(name.removeprefix(_WRAPPER)) for name in stored.entries)
+    evidence = [f"metadata.json names the {backend} backend"]
+    evidence.append("layers are stacked" if is_stacked else "layers are numbered")
+    if len(joined) < len(tensors):
+        evidence.append("gate and up of the MLP are apart")
+    arguments: Mapping[str, object] | None = plain_arguments(common.get("args"))
+    if arguments is None:
+        beside, found = arguments_beside(place.folder)
+        arguments = None if beside is None else plain_values(beside)
+        evidence += [found] if found else []
+    return raw_checkpoint(
+        backend,
+        place,
+        (joined, dropped),
+        arguments=arguments,
+        iteration=iteration(common, place, where),
+        checkpoint_version=version(common, where, missing=3.0),
+        evidence=tuple(evidence),
+    )
+
+
+def _model_tensors(
+    stored: GlobalTensors, skip_keys: frozenset[str]
+) -> tuple[dict[str, LazyTensor], dict[str, list[str]]]:
+    """The model's tensors under the names of its modules, layers numbered.
+
+    Returns:
+        The tensors, and by kind of state the names of what was left out.
+
+    Raises:
+        UnsupportedError: something that is neither a tensor nor a known kind of state.
+        UsageError: `skip_keys` names a part of the model.
+    """
     if wanted := sorted(name for name in skip_keys if _MODEL.match(name)):
         raise UsageError(
             "--skip-key cannot leave out a part of the model",
@@ -81,65 +140,80 @@ def open_folder(place: Place, skip_keys: frozenset[str] = frozenset()) -> RawChe
             expected="an entry that is no model parameter",
             fix="leave out that --skip-key",
         )
-    for name, entry in entries.items():
-        if not isinstance(name, str):
-            raise CorruptError(f"{folder}/.metadata lists tensors without names")
+    dropped: dict[str, list[str]] = defaultdict(list)
+    wanted = []
+    for name in stored.entries:
         kind = _STATE.fullmatch(name)
         if kind or name in skip_keys:
             dropped[_KINDS[kind.lastgroup or ""] if kind else "skipped"].append(name)
-        elif isinstance(entry, Record) and entry.qualified.endswith(".TensorStorageMetadata"):
-            tensors.update(_numbered(name, _tensor(folder, name, entry, stored)))
+        elif stored.is_tensor(name):
+            wanted.append(name)
         else:
             raise UnsupportedError(
                 f"{name} is not stored as a tensor; nothing was written",
-                found=getattr(entry, "qualified", type(entry).__name__),
+                found="an object",
                 expected="a tensor",
                 fix=f"leave it out with --skip-key {name}, if it is not part of the model",
             )
-    paths = {piece.path for tensor in tensors.values() for piece in tensor.pieces}
-    where = f"{folder}/common.pt"
-    fields = plain_arguments(common.get("args"))
+    tensors: dict[str, LazyTensor] = {}
+    for name, tensor in stored.tensors(wanted).items():
+        tensors.update(_numbered(name.removeprefix(_WRAPPER), tensor))
+    return tensors, dropped
+
+
+def raw_checkpoint(
+    name: str,
+    place: Place,
+    model: tuple[Mapping[str, LazyTensor], Mapping[str, list[str]]],
+    *,
+    arguments: Mapping[str, object] | None,
+    iteration: int | None,
+    checkpoint_version: float,
+    evidence: tuple[str, ...],
+) -> RawCheckpoint:
+    """What was found in a folder of global tensors."""
+    tensors, dropped = model
     return RawCheckpoint(
-        format=NAME,
-        folder=folder,
-        layout=_layout(fields or {}),
-        shards=(Shard(".metadata", tensors, fields),),
-        iteration=iteration(common, place, where),
-        args=fields,
-        checkpoint_version=version(common, where, missing=3.0),
+        format=name,
+        folder=place.folder,
+        layout=layout(arguments or {}),
+        shards=(Shard(METADATA, tensors, arguments),),
+        iteration=iteration,
+        args=arguments,
+        checkpoint_version=checkpoint_version,
         dropped={kind: tuple(sorted(names)) for kind, names in dropped.items()},
-        evidence=("metadata.json names the torch_dist backend",),
-        num_files=len(paths),
+        evidence=evidence,
+        num_files=len({piece.path for tensor in tensors.values() for piece in tensor.pieces}),
         iterations=place.iterations,
     )
 
 
-def _read(path: str) -> bytes:
-    try:
-        with open(path, "rb") as file:
-            return file.read()
-    except OSError as error:
-        raise SourceError(f"{path} cannot be read", found=str(error)) from error
-
-
-def _check_backend(folder: str) -> None:
+def _check_backend(folder: str, backend: str) -> None:
+    """Raise UnsupportedError unless `metadata.json` names this backend."""
     path = os.path.join(folder, "metadata.json")
     try:
-        backend = json.loads(_read(path))["sharded_backend"]
+        found = json.loads(sources.read(path))["sharded_backend"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CorruptError(f"{path} is not readable JSON", found=str(error)) from error
-    if backend != NAME:
+    if found == NAME != backend:
+        raise IncompleteError(
+            f"{os.path.basename(folder)} is incomplete; nothing was written",
+            found="metadata.json of a torch_dist checkpoint",
+            expected=METADATA,
+            fix="copy that file again; its name begins with a dot",
+        )
+    if found != backend:
         raise UnsupportedError(
-            f"{folder} uses another sharded backend", found=str(backend), expected=NAME
+            f"{folder} uses another sharded backend", found=str(found), expected=backend
         )
 
 
 def _common(folder: str) -> dict[Any, Any]:
     path = os.path.join(folder, "common.pt")
-    if not os.path.isfile(path):
+    if not sources.is_file(path):
         raise IncompleteError(
             f"{os.path.basename(folder)} is incomplete; nothing was written",
-            found=".metadata without common.pt",
+            found="metadata.json without common.pt",
             expected="common.pt",
             fix="copy that file again",
         )
@@ -149,7 +223,7 @@ def _common(folder: str) -> dict[Any, Any]:
     return common
 
 
-def _layout(args: dict[str, object]) -> Layout:
+def layout(args: Mapping[str, object]) -> Layout:
     """The layout that wrote the files: information only, the chunks do not depend on it."""
 
     def size(name: str) -> int:
@@ -164,95 +238,37 @@ def _layout(args: dict[str, object]) -> Layout:
     )
 
 
-def _stored(metadata: Record) -> dict[tuple[str, Ints], tuple[str, int, int]]:
-    """(tensor name, chunk offsets) -> (file, offset, length)."""
-    stored = {}
-    storage = metadata.field("storage_data")
-    for index, info in storage.items() if isinstance(storage, dict) else ():
-        if not (isinstance(index, Record) and isinstance(info, Record)):
-            raise CorruptError("storage_data of .metadata is of an unknown kind")
-        offsets = index.fields.get("offset")
-        if offsets is not None:
-            name = index.field("fqn")
-            place = (info.field("relative_path"), info.field("offset"), info.field("length"))
-            if not isinstance(name, str):
-                raise CorruptError("storage_data of .metadata lists tensors without names")
-            stored[name, sizes(offsets, name)] = place
-    return stored
+def join_gated(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
+    """Join the halves of a gated `linear_fc1`, where they are stored apart.
 
+    (megatron/core/transformer/mlp.py `apply_swiglu_sharded_factory` with singleton shards.)
 
-def _tensor(
-    folder: str,
-    name: str,
-    entry: Record,
-    stored: dict[tuple[str, Ints], tuple[str, int, int]],
-) -> LazyTensor:
-    """One global tensor from its chunks."""
-    shape = sizes(entry.field("size"), name)
-    chunks = [
-        (sizes(chunk.field("offsets"), name), sizes(chunk.field("sizes"), name))
-        for chunk in records(entry.field("chunks"), name)
-    ]
-    ranks = {len(part) for chunk in chunks for part in chunk}
-    if ranks - {len(shape)} or not tiles(chunks, shape):
-        raise IncompleteError(
-            f"the chunks of {name} do not make up the tensor; nothing was written",
-            found=f"{len(chunks)} chunks",
-            expected=f"chunks that cover {list(shape)} once",
-        )
-    pieces: list[Piece] = []
-    dtypes = set()
-    for start, extent in chunks:
-        part = _chunk(folder, name, start, extent, stored)
-        dtypes.add(part.dtype)
-        pieces += [
-            Piece(start, extent, piece.path, piece.offset, piece.strides) for piece in part.pieces
-        ]
-    dtype = dtypes.pop()
-    if dtypes or not dtype.is_floating or dtype.itemsize == 1:
-        raise UnsupportedError(
-            f"{name} holds no plain weights; nothing was written",
-            found=", ".join(sorted(map(str, {dtype, *dtypes}))),
-            expected="float32, bfloat16 or float16 (quantized and fp8 weights are refused)",
-            fix="save the checkpoint with plain weights",
-        )
-    return LazyTensor(dtype, shape, tuple(pieces))
-
-
-def _chunk(
-    folder: str,
-    name: str,
-    start: Ints,
-    extent: Ints,
-    stored: dict[tuple[str, Ints], tuple[str, int, int]],
-) -> LazyTensor:
-    if (name, start) not in stored:
-        raise IncompleteError(f".metadata does not say where {name} {list(start)} is stored")
-    relative, offset, length = stored[name, start]
-    if not (isinstance(relative, str) and type(offset) is int and type(length) is int):
-        raise CorruptError(f".metadata is inconsistent about {name}")
-    if os.path.basename(relative) != relative or "\0" in relative:
-        raise CorruptError(
-            f".metadata points outside the checkpoint for {name}",
-            found=relative,
-            expected="a file beside .metadata",
-        )
-    path = os.path.join(folder, relative)
-    if not os.path.isfile(path):
-        raise IncompleteError(
-            f"{os.path.basename(folder)} is incomplete; nothing was written",
-            found=f".metadata, which places {name} in {relative}",
-            expected=relative,
-            fix="copy that file again",
-        )
-    part = load(path, offset, length)
-    if not isinstance(part, LazyTensor) or part.shape != extent or part.num_bytes > length:
-        raise CorruptError(
-            f"{relative} holds something else at {offset} than .metadata says",
-            found=str(list(part.shape)) if isinstance(part, LazyTensor) else type(part).__name__,
-            expected=f"{name} {list(extent)}",
-        )
-    return part
+    Raises:
+        IncompleteError: one half is missing.
+        InconsistentError: the halves differ in size or type.
+    """
+    joined: dict[str, LazyTensor] = {}
+    for name, tensor in tensors.items():
+        if not name.endswith((_GATE, _UP)):
+            joined[name] = tensor
+            continue
+        whole = name[: -len(_GATE)]
+        halves = [tensors.get(whole + half) for half in (_GATE, _UP)]
+        gate, up = halves
+        if gate is None or up is None or whole in tensors:
+            raise IncompleteError(
+                f"{whole} is incomplete; nothing was written",
+                found=name,
+                expected=f"{whole}{_GATE} and {whole}{_UP}",
+            )
+        if (gate.dtype, gate.shape) != (up.dtype, up.shape):
+            raise InconsistentError(
+                f"the halves of {whole} do not fit together; nothing was written",
+                found=f"{gate.dtype} {list(gate.shape)} and {up.dtype} {list(up.shape)}",
+                expected="one dtype and one shape",
+            )
+        joined[whole] = concat([gate, up])
+    return joined
 
 
 def _numbered(name: str, tensor: LazyTensor) -> dict[str, LazyTensor]:

@@ -26,7 +26,7 @@ from typing import Any, NoReturn
 
 from ..boxes import row_major
 from ..dtypes import DTYPES, DType, refuse_state
-from ..errors import CorruptError, SourceError, UnsafePickleError, UnsupportedError
+from ..errors import CorruptError, MTTError, UnsafePickleError, UnsupportedError
 from ..tensors import LazyTensor
 from .opcodes import check
 
@@ -171,7 +171,7 @@ def load_pickle(data: bytes, path: str, persistent_load: Callable[[Any], Any] | 
     check(data, path)
     try:
         return _Unpickler(data, path, persistent_load).load()
-    except SourceError:
+    except MTTError:
         raise
     except Exception as error:
         raise CorruptError(
@@ -294,7 +294,9 @@ def _bytearray(value: Any = b"", *encoding: Any) -> bytes:
     return _encode(value, *encoding) if isinstance(value, str) else bytes(memoryview(value))
 
 
-_RECORDS = ["argparse.Namespace", f"{_DCP}.filesystem._StorageInfo"]
+# Megatron-Core before 0.16 adds a field of its own to torch's metadata, under a class of its own.
+_MCORE_DCP = "megatron.core.dist_checkpointing.strategies.torch"
+_RECORDS = ["argparse.Namespace", f"{_DCP}.filesystem._StorageInfo", f"{_MCORE_DCP}.MCoreMetadata"]
 _RECORDS += [
     f"{_DCP}.metadata.{name}"
     for name in (

@@ -16,7 +16,6 @@ Sizes of 4 GiB and more stand in ZIP64 fields (PKWARE's APPNOTE.TXT 6.3.10, 4.3 
 
 from __future__ import annotations
 
-import os
 import struct
 import zipfile
 import zlib
@@ -28,12 +27,16 @@ from ..boxes import row_major
 from ..dtypes import DType
 from ..errors import CorruptError, SourceError, UnsupportedError
 from ..plan import PlannedTensor
+from ..sources import File, Window, open_file
 from ..tensors import LazyTensor
 from .pickle_writer import Call, Global, StorageKey, dumps
 from .pickles import STORAGES, StorageRef, load_pickle
 
 _OLD_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch/serialization.py MAGIC_NUMBER
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
+_TAIL_BYTES = 64 << 10
+# A record may be followed by its sizes once more.
+_DESCRIPTOR_SIZES = (0, 16, 24)
 
 
 def load(path: str, offset: int = 0, length: int | None = None) -> Any:
@@ -45,11 +48,12 @@ def load(path: str, offset: int = 0, length: int | None = None) -> Any:
         SourceError: it cannot be opened.
     """
     try:
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            end = size if length is None else offset + length
-            if not 0 <= offset < end <= size:
-                raise _damaged(path, f"{size} bytes", f"at least {end}")
+        with open_file(path) as file:
+            end = file.size if length is None else offset + length
+            if not 0 <= offset < end <= file.size:
+                raise _damaged(path, f"{file.size} bytes", f"at least {end}")
+            if length is None:
+                file.expect([(max(offset, end - _TAIL_BYTES), min(_TAIL_BYTES, end - offset))])
             return _Archive(path, file, offset, end).load()
     except OSError as error:
         raise SourceError(f"{path} cannot be read", found=str(error)) from error
@@ -67,16 +71,16 @@ def _damaged(path: str, found: str, expected: str) -> CorruptError:
 class _Archive:
     """One zip inside a file; record positions are absolute in that file."""
 
-    def __init__(self, path: str, file: BinaryIO, start: int, end: int) -> None:
+    def __init__(self, path: str, file: File, start: int, end: int) -> None:
         self.path, self._file, self._start, self._end = path, file, start, end
-        if os.pread(file.fileno(), len(_OLD_MAGIC), start) == _OLD_MAGIC:
+        if file.pread(len(_OLD_MAGIC), start) == _OLD_MAGIC:
             raise UnsupportedError(
                 f"{path} was written by torch before 1.6; mtt cannot read that yet",
                 found="a file of consecutive pickles",
                 expected="a zip file, as torch.save writes since torch 1.6",
                 fix="load and save it once with a newer torch, if you trust its author",
             )
-        window = cast(BinaryIO, _Window(file, start, end))
+        window = cast(BinaryIO, Window(file, start, end))
         try:
             self._zip = zipfile.ZipFile(window)
         except (
@@ -97,11 +101,31 @@ class _Archive:
         self._prefix = pickles[0].removesuffix("data.pkl")
 
     def load(self) -> Any:
+        self._check_order()
         order = self._records.get(f"{self._prefix}byteorder")
         if order and self._read(order) != b"little":
             raise _damaged(self.path, "big-endian storages", "little-endian ones")
         data = self._read(self._records[f"{self._prefix}data.pkl"])
+        self._check_sum(data)
+        headers = [self._start + info.header_offset for info in self._records.values()]
+        self._file.expect((position, _LOCAL_HEADER.size) for position in headers)
         return load_pickle(data, self.path, self._storage)
+
+    def _check_order(self) -> None:
+        """Records follow each other: remember what each is followed by."""
+        places = sorted(info.header_offset for info in self._records.values())
+        if not 0 <= places[0] <= places[-1] < self._zip.start_dir:
+            found = f"records from {places[0]} to {places[-1]}"
+            raise _damaged(self.path, found, f"records before {self._zip.start_dir}")
+        self._next = dict(zip(places, [*places[1:], self._zip.start_dir], strict=True))
+
+    def _check_sum(self, data: bytes) -> None:
+        """Hold the pickle against its checksum, which torch can be told to leave out."""
+        info = self._records[f"{self._prefix}data.pkl"]
+        if info.CRC not in (0, zlib.crc32(data)):
+            raise _damaged(self.path, "a pickle with another checksum", f"{info.CRC:#010x}")
+        start = self._data_start(info) - self._start
+        self._alignment = _ALIGNMENT if start % _ALIGNMENT == 0 else 1
 
     def _storage(self, reference: Any) -> StorageRef:
         match reference:
@@ -113,51 +137,30 @@ class _Archive:
                 if info.file_size != num_elements * dtype.itemsize:
                     expected = f"{num_elements} x {dtype.itemsize} bytes"
                     raise _damaged(self.path, f"{name} of {info.file_size} bytes", expected)
-                return StorageRef(dtype, self.path, self._data_start(info), num_elements)
+                start = self._data_start(info)
+                if (start - self._start) % self._alignment:
+                    raise _damaged(self.path, f"{name} at {start}", "storages in their places")
+                return StorageRef(dtype, self.path, start, num_elements)
         raise _damaged(self.path, f"storage reference {str(reference)[:80]}", "a torch storage")
 
     def _data_start(self, info: zipfile.ZipInfo) -> int:
         """Absolute position of a record's bytes, which must be stored as they are."""
         header_start = self._start + info.header_offset
-        header = os.pread(self._file.fileno(), _LOCAL_HEADER.size, header_start)
+        header = self._file.pread(_LOCAL_HEADER.size, header_start)
         if len(header) < _LOCAL_HEADER.size or header[:4] != b"PK\x03\x04":
             raise _damaged(self.path, f"no record at {header_start}", info.filename)
         _, name_size, extra_size = _LOCAL_HEADER.unpack(header)
         start: int = header_start + _LOCAL_HEADER.size + name_size + extra_size
+        gap = self._start + self._next[info.header_offset] - start - info.file_size
+        if gap not in _DESCRIPTOR_SIZES:
+            raise _damaged(self.path, f"{gap} bytes after {info.filename}", "records without gaps")
         if info.compress_type != zipfile.ZIP_STORED or start + info.file_size > self._end:
             found = f"{info.filename} compressed or longer than the file"
             raise _damaged(self.path, found, "records stored as they are")
         return start
 
     def _read(self, info: zipfile.ZipInfo) -> bytes:
-        return os.pread(self._file.fileno(), info.file_size, self._data_start(info))
-
-
-class _Window:
-    """The part `[start, end)` of a file, as a file."""
-
-    def __init__(self, file: BinaryIO, start: int, end: int) -> None:
-        self._file, self._start, self._size, self._position = file, start, end - start, 0
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        origin = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
-        if origin + offset < 0:
-            raise OSError("seek before the beginning")
-        self._position = origin + offset
-        return self._position
-
-    def read(self, count: int = -1) -> bytes:
-        left = max(0, self._size - self._position)
-        count = left if count is None or count < 0 else min(count, left)
-        data = os.pread(self._file.fileno(), count, self._start + self._position)
-        self._position += len(data)
-        return data
+        return self._file.pread(info.file_size, self._data_start(info))
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,6 +44,11 @@ def plain_arguments(args: object) -> dict[str, object] | None:
     return {str(name): _plain_or_opaque(value) for name, value in fields.items()}
 
 
+def plain_values(values: Mapping[str, object]) -> dict[str, object]:
+    """Arguments from elsewhere than a pickle, held to the same bounds."""
+    return {str(name): _plain_or_opaque(value) for name, value in values.items()}
+
+
 def _plain_or_opaque(value: object) -> object:
     try:
         return _plain(value, _MAX_DEPTH, [_MAX_VALUES])

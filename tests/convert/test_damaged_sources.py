@@ -5,7 +5,7 @@ Each begins as a real checkpoint that converts; one thing about it is then wrong
 
 from __future__ import annotations
 
-import builtins
+import dataclasses
 import os
 import random
 import shutil
@@ -581,7 +581,21 @@ def test_an_unknown_parameter_of_torch_dist(dist: Path, out: Path) -> None:
     name = "decoder.layers.mlp.gate.weight"
     with edited_metadata(dist) as metadata:
         _rename(metadata, "decoder.layers.self_attention.linear_proj.weight", name, keep=True)
+        for index, info in metadata.storage_data.items():
+            if index.fqn == name:
+                place = dist / ITERATION / info.relative_path
+                shutil.copy(place, place.with_name(f"more{place.name}"))
+                metadata.storage_data[index] = dataclasses.replace(
+                    info, relative_path=f"more{place.name}"
+                )
     refused(dist, out, MappingError, says="mlp.gate.weight")
+
+
+def test_two_parameters_in_one_place(dist: Path, out: Path) -> None:
+    old = "decoder.layers.self_attention.linear_proj.weight"
+    with edited_metadata(dist) as metadata:
+        _rename(metadata, old, "decoder.layers.mlp.gate.weight", keep=True)
+    refused(dist, out, CorruptError, says="two chunks in the same bytes")
 
 
 def _rename(metadata: Any, old: str, new: str, *, keep: bool = False) -> None:
@@ -835,7 +849,6 @@ def test_weights_of_mixed_types(root: Path, out: Path) -> None:
         ({"global_step10": None, "latest": "global_step10"}, "DeepSpeed"),
         ({"layer_01-model_states.pt": ""}, "DeepSpeed"),
         ({"mp_rank_00_model_states.pt": ""}, "DeepSpeed"),
-        ({".metadata": ""}, "torch.distributed"),
         ({".zmetadata": ""}, "zarr"),
         ({"model.safetensors": ""}, "without a config.json"),
     ],
@@ -867,14 +880,14 @@ def test_a_file_that_cannot_be_opened(
     root: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Permissions: simulated, since the tests may run as root."""
-    real = builtins.open
+    real = os.open
 
     def denied(file: Any, *args: Any, **kwargs: Any) -> Any:
         if str(file).endswith("mp_rank_01_000/model_optim_rng.pt"):
             raise PermissionError(13, "Permission denied", str(file))
         return real(file, *args, **kwargs)
 
-    monkeypatch.setattr(builtins, "open", denied)
+    monkeypatch.setattr(os, "open", denied)
     refused(root, out, SourceError, says="cannot be read")
 
 
