@@ -133,7 +133,7 @@ def render(plan: ConversionPlan, folder: str) -> str:
         for tensor in file.tensors:
             cast = "" if tensor.dtype == tensor.source.dtype else f" from {tensor.source.dtype}"
             paths = sorted(
-                {os.path.relpath(p.path, folder) for p in tensor.source.pieces if p.path}
+                {os.path.relpath(p, folder) for piece in tensor.source.pieces for p in piece.paths}
             )
             more = f" and {len(paths) - _MOST_SOURCES} more" if len(paths) > _MOST_SOURCES else ""
             shape = " x ".join(map(str, tensor.source.shape))

@@ -18,7 +18,7 @@ from __future__ import annotations
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import islice
 
@@ -28,35 +28,18 @@ from ..errors import (
     IncompleteError,
     InconsistentError,
     MappingError,
-    UnsupportedError,
 )
 from ..plan import PlannedFile
-from ..tensors import LazyTensor
 from .folders import Place, iteration_folder, listing
 from .pickle_writer import Call, Global, Instance
-from .pickles import is_opaque
+from .state_dicts import STATE, Dropped, tensors_of
 from .torch_zip import ORDERED_DICT, Weight, load, plan, tensor_value
 from .values import holds_tensors, iteration, plain_arguments, scalar, version
 
 NAME = "torch"
 _RANK = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?(?:_(\d{3,}))?")
 _FILE = "model_optim_rng.pt"
-_STATE = {
-    "optimizer": "optimizer",
-    "opt_param_scheduler": "optimizer",
-    "lr_scheduler": "optimizer",
-    "rng_state": "rng",
-    "random_rng_state": "rng",
-    "np_rng_state": "rng",
-    "torch_rng_state": "rng",
-    "cuda_rng_state": "rng",
-    "rng_tracker_states": "rng",
-    "rerun_state_machine": "rerun state",
-}
-_BUFFERS = {"_extra_state": "_extra_state", "inv_freq": "inv_freq"}
-_MAX_DEPTH = 6
 _MAX_NAMED = 4
-Dropped = dict[str, list[str]]
 Arguments = Mapping[str, Mapping[str, object] | None]
 
 
@@ -103,7 +86,7 @@ def open_folder(place: Place, skip_keys: frozenset[str] = frozenset()) -> RawChe
         _check_agreement(file, content, files[0], first)
         tp, pp, ep = ranks[file.folder]
         for chunk, model in enumerate(_chunks(file, content, dropped, skip_keys)):
-            tensors = _unique(_flatten(model, file, dropped), file)
+            tensors = tensors_of(model, file.folder, file.path, dropped)
             where = f"{file.folder}/{_FILE}"
             shards.append(Shard(where, tensors, arguments[file.folder], tp, pp, chunk, ep))
     num_chunks = 1 + max(shard.vpp for shard in shards)
@@ -115,6 +98,7 @@ def open_folder(place: Place, skip_keys: frozenset[str] = frozenset()) -> RawChe
         iteration=iteration(first, place, files[0].path),
         args=args,
         checkpoint_version=version(first, files[0].path, missing=0.0),
+        is_stamped=first.get("checkpoint_version") is not None,
         dropped={kind: tuple(sorted(set(names))) for kind, names in dropped.items()},
         evidence=(f"{len(files)} mp_rank_* folders with {_FILE}",),
         num_files=len(files),
@@ -284,8 +268,8 @@ def _chunks(
                     expected="model, or model0, model1, ...",
                 )
             chunks[int(number[1] or 0)] = value
-        elif key in _STATE or key in skip_keys:
-            dropped[_STATE.get(key, "skipped")].append(str(key))
+        elif key in STATE or key in skip_keys:
+            dropped[STATE.get(key, "skipped")].append(str(key))
         elif holds_tensors(value):
             raise MappingError(
                 f"{file.path} has tensors under {key!r}; nothing was written",
@@ -300,56 +284,6 @@ def _chunks(
             expected="model, or model0, model1, ...",
         )
     return [chunks[number] for number in sorted(chunks)]
-
-
-def _flatten(
-    model: Mapping[str, object], file: _RankFile, dropped: Dropped
-) -> Iterator[tuple[str, LazyTensor]]:
-    """Dotted names and tensors of a flat or nested model."""
-    for name, value in _leaves(model, file):
-        kind = _BUFFERS.get(name.rpartition(".")[2])
-        if kind:
-            dropped[kind].append(name)
-        elif isinstance(value, LazyTensor) and value.dtype.is_floating and value.dtype.itemsize > 1:
-            yield name, value
-        elif isinstance(value, LazyTensor) or is_opaque(value):
-            raise UnsupportedError(
-                f"{name} in {file.folder} is no plain weight; nothing was written",
-                found=str(value.dtype) if isinstance(value, LazyTensor) else repr(value)[:200],
-                expected="float32, bfloat16 or float16 (quantized and fp8 weights are refused)",
-                fix="save the checkpoint with plain weights",
-            )
-        elif value is not None:
-            found = f"a {type(value).__name__}"
-            raise CorruptError(f"{name} in {file.folder} is no tensor", found=found)
-
-
-def _unique(named: Iterator[tuple[str, LazyTensor]], file: _RankFile) -> dict[str, LazyTensor]:
-    tensors: dict[str, LazyTensor] = {}
-    for name, tensor in named:
-        if name in tensors:
-            raise MappingError(
-                f"{file.path} has one parameter twice; nothing was written",
-                found=f"nested and dotted: {name}",
-                expected="every parameter once",
-            )
-        tensors[name] = tensor
-    return tensors
-
-
-def _leaves(
-    model: Mapping[str, object], file: _RankFile, prefix: str = "", depth: int = 0
-) -> Iterator[tuple[str, object]]:
-    if depth > _MAX_DEPTH:
-        raise CorruptError(f"{file.path} nests its model too deeply", found=prefix[:80])
-    for key, value in model.items():
-        if not isinstance(key, str):
-            raise CorruptError(f"{file.path} has parameters without names", found=prefix[:80])
-        name = prefix + key
-        if isinstance(value, dict):
-            yield from _leaves(value, file, f"{name}.", depth + 1)
-        else:
-            yield name, value
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,6 +29,13 @@ class Case:
     logits: str
     model: str
     vocab_size: int | None = None
+    qkv_order: str = "auto"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """How to open it."""
+        overrides = {"vocab_size": self.vocab_size} if self.vocab_size else {}
+        return {"overrides": overrides, "qkv_order": self.qkv_order}
 
     def __str__(self) -> str:
         return self.path
@@ -38,8 +46,9 @@ def core(path: str) -> Case:
     return Case(path, f"mcore/{model}/logits.npz", model)
 
 
-def legacy(name: str, kind: str) -> Case:
-    return Case(f"legacy/{name}", f"legacy/reference/{kind}.npz", f"legacy-{kind}", 497)
+def legacy(name: str, kind: str, **options: Any) -> Case:
+    logits = f"legacy/reference/{kind}.npz"
+    return Case(f"legacy/{name}", logits, f"legacy-{kind}", 497, **options)
 
 
 CASES = [
@@ -70,6 +79,12 @@ CASES = [
     legacy("core_v0.12.0-llama-tp2pp2", "llama"),
     legacy("v2.6-ckptver3-gpt2-tp1pp1", "gpt2"),
     legacy("v2.6-ckptver3-gpt2-tp2pp2", "gpt2"),
+    legacy("v1.0-ckptver0-RELEASE-oldserial-fp16-gpt2-tp1pp1", "gpt2_fp16rounded_weights"),
+    legacy("v1.0-ckptver0-gpt2-tp2pp1", "gpt2"),
+    legacy("git-d763f54a21-ckptver1-gpt2-tp2pp1", "gpt2"),
+    legacy("git-9b0083ea03-ckptver2-gpt2-tp1pp1", "gpt2"),
+    legacy("v2.0-ckptver3-gpt2-tp2pp2", "gpt2"),
+    legacy("v2.0-RELABEL-v0-order-stamped-3.0-gpt2-tp1pp1", "gpt2", qkv_order="block"),
 ]
 MODELS = sorted({case.model for case in CASES})
 
@@ -81,8 +96,7 @@ def converted(golden: Golden, tmp_path_factory: pytest.TempPathFactory) -> Calla
     @cache
     def run(case: Case) -> Path:
         target = tmp_path_factory.mktemp("out") / "hf"
-        overrides = {"vocab_size": case.vocab_size} if case.vocab_size else {}
-        convert(golden(case.path), target, overrides=overrides, tokenizer="none")
+        convert(golden(case.path), target, tokenizer="none", **case.options)
         return target
 
     return run
@@ -107,8 +121,7 @@ def test_generation_with_cache_equals_without(
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_from_megatron_is_the_same_model(case: Case, golden: Golden, converted: Callable) -> None:
-    overrides = {"vocab_size": case.vocab_size} if case.vocab_size else {}
-    direct = from_megatron(golden(case.path), overrides=overrides, tokenizer="none")
+    direct = from_megatron(golden(case.path), tokenizer="none", **case.options)
     saved = MTTForCausalLM.from_pretrained(converted(case), dtype="auto")
     fields = [model.config.to_dict() for model in (direct, saved)]
     for config in fields:

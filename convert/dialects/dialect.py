@@ -1,0 +1,64 @@
+"""What a generation of Megatron is: its names, and what its names alone do not say."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from ..mapping import RuleTable
+
+HEAD, BLOCK, ELEMENT, PAIRED = "head", "block", "element", "paired"
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """One generation.
+
+    Attributes:
+        name: what it is called here.
+        rules: its names to canonical ones. Ops in it need no architecture: they join or exchange
+            whole tensors of one rank.
+        generations: pattern of a name -> which releases spell it so; the first that is there
+            counts.
+        is_core: whether Megatron-Core's GPT was trained, or one whose arguments mean the same, and
+            not Megatron-LM's own.
+        orders: lowest `checkpoint_version` -> order of the rows of `query_key_value` on each
+            tensor-parallel rank (see `qkv.py`), the newest first.
+        grouped_order: the order in models with fewer key than query heads, if it is another.
+        ordered_by_names: (pattern, order): where a name matches, rows are in that order whatever
+            the version.
+        summed: canonical names with `{i}` for the layer: tensor-parallel ranks hold parts that
+            are added, where Megatron's hold copies.
+    """
+
+    name: str
+    rules: RuleTable
+    generations: tuple[tuple[str, str], ...]
+    is_core: bool = False
+    orders: tuple[tuple[float, str], ...] = ((0.0, HEAD),)
+    grouped_order: str | None = None
+    ordered_by_names: tuple[tuple[str, str], ...] = ()
+    summed: frozenset[str] = frozenset()
+
+    def known(self, names: Iterable[str]) -> int:
+        """How many of the names have a rule."""
+        patterns = [pattern for rule in self.rules.rules for pattern in rule.patterns]
+        return sum(any(pattern.fullmatch(name) for pattern in patterns) for name in names)
+
+    def generation(self, names: Iterable[str]) -> tuple[str, str]:
+        """Which releases write such names, and a name that shows it."""
+        names = sorted(names)
+        for pattern, releases in self.generations:
+            if shown := next((name for name in names if re.fullmatch(pattern, name)), None):
+                return releases, shown
+        return self.name, names[0]
+
+    def qkv_order(self, names: Iterable[str], version: float, *, grouped: bool) -> str:
+        """The order of the rows of `query_key_value` on a rank."""
+        for pattern, order in self.ordered_by_names:
+            if any(re.fullmatch(pattern, name) for name in names):
+                return order
+        if grouped and self.grouped_order:
+            return self.grouped_order
+        return next(order for lowest, order in self.orders if version >= lowest)
