@@ -42,6 +42,7 @@ from .argument_tables import (
 from .dtypes import DType
 from .errors import UnsupportedError, UsageError
 
+_EMBEDDING_NORM_EPSILON = 1e-5
 OWN = "mtt"
 """The argument under which mtt stores what Megatron has no argument for."""
 
@@ -97,6 +98,8 @@ def architecture_from_args(
         add_bias_linear=biases,
         add_qkv_bias=biases or _or(a, "add_qkv_bias", False),  # an argument since core_v0.5
         qk_layernorm=_or(a, "qk_layernorm", False),
+        embedding_norm=_embedding_norm(a),
+        parallel_residual=a.get("gpt_j_residual") is True,
         untie_embeddings_and_output_weights=_or(a, "untie_embeddings_and_output_weights", False),
         attention_dropout=_or(a, "attention_dropout", 0.1),
         hidden_dropout=_or(a, "hidden_dropout", 0.1),
@@ -283,10 +286,9 @@ def _position_embedding_type(a: Arguments) -> str:
         return "rope"
     if str(kind) not in POSITIONS:
         raise UnsupportedError(
-            "mtt does not know these positions (ALiBi, relative, YaRN and multimodal ones among "
-            "them)",
+            "mtt does not know these positions (relative, YaRN and multimodal ones among them)",
             found=f"position_embedding_type = {_show(kind)}",
-            expected="learned_absolute, rope or none",
+            expected="learned_absolute, rope, alibi or none",
             fix="if it is one of these under another name, --set position_embedding_type=rope",
         )
     return POSITIONS[str(kind)]
@@ -442,6 +444,24 @@ def _normalization(a: Arguments) -> str:
             expected="LayerNorm or RMSNorm",
         )
     return known[str(name).lower()]
+
+
+def _embedding_norm(a: Arguments) -> bool:
+    """BigScience's norm after the embedding, which its 8-bit optimizer brings along too.
+
+    (Source: VocabParallelEmbedding in megatron/mpu/layers.py at 8387ae17: the norm is made with
+    its default epsilon, whatever layernorm_epsilon says.)
+    """
+    if a.get("embed_layernorm") is not True and a.get("use_bnb_optimizer") is not True:
+        return False
+    if a["layernorm_epsilon"] != _EMBEDDING_NORM_EPSILON:
+        raise UnsupportedError(
+            "the norm after the embedding has another epsilon than those of the layers",
+            found=f"layernorm_epsilon = {a['layernorm_epsilon']}",
+            expected=f"{_EMBEDDING_NORM_EPSILON}, which the norm after the embedding has",
+            fix=f"--set layernorm_epsilon={_EMBEDDING_NORM_EPSILON} if it is that in all",
+        )
+    return True
 
 
 def _params_dtype(a: Arguments) -> str | None:

@@ -57,6 +57,7 @@ class RawCheckpoint:
         num_files: files that hold model tensors.
         iterations: all iterations in the same root.
         replicated: what to do about copies that differ, unless the user says (see `replicas.py`).
+        vocab_size: rows that are tokens, where a note beside the arguments says so.
     """
 
     format: str
@@ -72,6 +73,7 @@ class RawCheckpoint:
     num_files: int = 0
     iterations: tuple[int, ...] = ()
     replicated: str = "error"
+    vocab_size: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -143,9 +143,11 @@ def _architecture(
     *,
     legacy: bool,
 ) -> Architecture:
+    rows = shapes.get("embedding.word_embeddings.weight", (0,))[0]
+    if raw.vocab_size is not None and raw.vocab_size <= rows:
+        overrides = {"vocab_size": raw.vocab_size, **overrides}
     if raw.args is None:
         return architecture_from_shapes(shapes, overrides)
-    rows = shapes.get("embedding.word_embeddings.weight", (0,))[0]
     if rows and not isinstance(raw.args.get("padded_vocab_size"), int):
         overrides = {"padded_vocab_size": rows, **overrides}
     first = architecture_from_args(raw.args, overrides=overrides, legacy=legacy)

@@ -12,7 +12,7 @@ from dataclasses import replace
 from ..checkpoint import Shard
 from ..errors import UnsupportedError
 from ..mapping import shorten
-from . import core_local, core_te, legacy
+from . import core_local, core_te, deepspeed, legacy
 from .dialect import Dialect as Dialect
 
 _NOT_YET = (
@@ -27,7 +27,12 @@ _NOT_YET = (
     (r".*\.mixer\..*", "Mamba layers"),
     (r".*\.self_attention\.linear_(q|kv)_.*", "multi-latent attention"),
 )
-DIALECTS: tuple[Dialect, ...] = (core_te.DIALECT, core_local.DIALECT, legacy.DIALECT)
+DIALECTS: tuple[Dialect, ...] = (
+    core_te.DIALECT,
+    core_local.DIALECT,
+    legacy.DIALECT,
+    deepspeed.DIALECT,
+)
 # Megatron-Core's `transformer_impl` -> the dialect that is written for it.
 WRITABLE = {"transformer_engine": core_te, "local": core_local}
 

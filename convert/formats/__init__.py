@@ -10,7 +10,14 @@ from typing import Protocol
 
 from ..checkpoint import RawCheckpoint
 from ..errors import NotACheckpointError, UnsupportedError
-from . import megatron_torch, megatron_torch_dist
+from . import (
+    deepspeed_layers,
+    deepspeed_module,
+    deepspeed_universal,
+    megatron_torch,
+    megatron_torch_dist,
+)
+from .deepspeed import refuse_unreadable
 from .folders import Place, listing, locate
 
 
@@ -26,7 +33,13 @@ class Reader(Protocol):
         """The metadata of one iteration."""
 
 
-READERS: tuple[Reader, ...] = (megatron_torch_dist, megatron_torch)
+READERS: tuple[Reader, ...] = (
+    megatron_torch_dist,
+    megatron_torch,
+    deepspeed_layers,
+    deepspeed_universal,
+    deepspeed_module,
+)
 
 
 def find(path: str, iteration: int | None = None) -> tuple[Reader, Place]:
@@ -56,6 +69,10 @@ def find(path: str, iteration: int | None = None) -> tuple[Reader, Place]:
 
 def _recognised(folder: str) -> UnsupportedError | None:
     """A clear refusal for formats that are known by name only."""
+    try:
+        refuse_unreadable(folder)
+    except UnsupportedError as refusal:
+        return refusal
     names = set(listing(folder))
     found = None
     if {".metadata", "common.pt"} <= names and "metadata.json" not in names:
@@ -65,16 +82,8 @@ def _recognised(folder: str) -> UnsupportedError | None:
             expected="metadata.json beside them",
             fix="copy that file again",
         )
-    if "latest" in names and any(n.startswith("global_step") for n in names):
-        found = "the root of a DeepSpeed checkpoint"
-    elif ".metadata" in names and "metadata.json" not in names:
+    if ".metadata" in names and "metadata.json" not in names:
         found = "a plain torch.distributed checkpoint (torch_dcp or fsdp_dtensor)"
-    elif any(n.startswith("layer_") and n.endswith("-model_states.pt") for n in names):
-        found = "a Megatron-DeepSpeed checkpoint of layer files"
-    elif any(n.endswith("_model_states.pt") for n in names):
-        found = "a DeepSpeed checkpoint"
-    elif "zero" in names and "mp_rank_00_model_states.pt" in names:
-        found = "a DeepSpeed universal checkpoint"
     elif ".zmetadata" in names or ".zarray" in names:
         found = "a zarr checkpoint"
     elif "adapter_config.json" in names:

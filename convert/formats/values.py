@@ -34,7 +34,15 @@ def plain_arguments(args: object) -> dict[str, object] | None:
     """
     if not isinstance(args, Record):
         return None
-    fields = args.fields
+    return plain_entries(args.fields)
+
+
+def plain_entries(fields: Mapping[object, object]) -> dict[str, object]:
+    """Named values: plain ones as they are, all others opaque.
+
+    Raises:
+        CorruptError: names that are no text.
+    """
     if odd := [name for name in fields if not isinstance(name, str)]:
         raise CorruptError(
             "the arguments in the checkpoint are damaged",
