@@ -3,7 +3,7 @@
     formats.find        which format is it, which folder           bytes on disk
     reader.open_folder  shards, names as in the files              -> RawCheckpoint
     dialects            canonical names, and which generation has the files' own
-    topology, qkv       layer numbers, order of rows, joins        -> Checkpoint
+    topology, row_order     layer numbers, order of rows, joins        -> Checkpoint
     hf_source           all of this for a Hugging Face folder      -> Checkpoint
     hf_folder           names and re-layouts of a family, files    -> Conversion, with its plan
     megatron_folder     ranks' parts, arguments, files             -> or this one
@@ -26,8 +26,8 @@ from . import (
     hf_source,
     megatron_folder,
     parameters,
-    qkv,
     replicas,
+    row_order,
     topology,
 )
 from .architecture import Architecture
@@ -55,7 +55,7 @@ def open_checkpoint(
     iteration: int | None = None,
     overrides: Mapping[str, object] | None = None,
     skip_keys: Iterable[str] = (),
-    qkv_order: str = qkv.AUTO,
+    qkv_order: str = row_order.AUTO,
 ) -> Checkpoint:
     """Open a checkpoint: its metadata under canonical names, no tensor bytes.
 
@@ -65,16 +65,16 @@ def open_checkpoint(
         overrides: Megatron arguments that replace or complete those in the checkpoint.
         skip_keys: entries that are not part of the model and may be left out.
         qkv_order: the order of the rows of query_key_value on each rank, where the checkpoint is
-            wrong about it: `head`, `block` or `element` (see `qkv.py`); `auto` believes it.
+            wrong about it: `head`, `block` or `element` (see `row_order.py`); `auto` believes it.
 
     Raises:
         SourceError: it cannot be used; the subclass and message say why.
         UsageError: something only the user knows is missing.
     """
     path = os.fspath(path)
-    qkv.check_choice(qkv_order)
+    row_order.check_choice(qkv_order)
     if hf_source.is_hf_folder(path):
-        if qkv_order != qkv.AUTO:
+        if qkv_order != row_order.AUTO:
             raise UsageError(
                 "an order of rows is only for a Megatron source",
                 found=f"{path}, a Hugging Face folder",
@@ -91,10 +91,17 @@ def open_checkpoint(
     tp = 1 + max(shard.tp for shard in shards)
     held = topology.holders(topology.number_layers(shards))
     shapes = topology.joined_shapes(held, tp)
+    notes: tuple[str, ...] = ()
+    if dialect.arguments and raw.args is not None:
+        args, notes = dialect.arguments(raw.args, shapes)
+        shards = [replace(shard, args=None) for shard in raw.shards]
+        raw = replace(raw, args=args, shards=tuple(shards))
     architecture = _architecture(raw, shapes, overrides or {}, legacy=not dialect.is_core)
     order, reason = _row_order(raw, dialect, names, architecture, qkv_order)
-    held = qkv.in_head_order(held, order, architecture, raw.layout.tp, tp)
-    tensors, copies = topology.join(held, tp, architecture)
+    held = row_order.in_head_order(held, order, architecture, raw.layout.tp, tp)
+    if dialect.has_up_first(names):
+        held = row_order.gate_first(held, architecture, raw.layout.tp, tp)
+    tensors, copies = topology.join(held, tp, architecture, dialect.summed)
     parameters.check_complete({n: t.shape for n, t in tensors.items()}, architecture)
     tied = topology.TIED_HEAD in held and topology.TIED_HEAD not in tensors
     dropped = dict(raw.dropped) | ({"tied copy": (topology.TIED_HEAD,)} if tied else {})
@@ -111,7 +118,7 @@ def open_checkpoint(
         args=raw.args or {},
         replicas=copies,
         dropped=dropped,
-        warnings=(*_unknown_arguments(raw), *low_precision(raw.args or {})),
+        warnings=(*notes, *_unknown_arguments(raw), *low_precision(raw.args or {})),
         evidence=(*raw.evidence, f"names like {shown}", reason),
         num_files=raw.num_files,
         iterations=raw.iterations,
@@ -127,7 +134,7 @@ def _row_order(
     choice: str,
 ) -> tuple[str, str]:
     """The order of the rows of query_key_value on a rank, and why it is taken to be that."""
-    if choice != qkv.AUTO:
+    if choice != row_order.AUTO:
         return choice, f"rows of query_key_value by {choice}, as asked for"
     grouped = architecture.num_query_groups != architecture.num_attention_heads
     order = dialect.qkv_order(names, raw.checkpoint_version, grouped=grouped)
@@ -220,7 +227,7 @@ def convert(
     vocab_padding: str | None = None,
     tokenizer: str | None = None,
     replicated: str | None = None,
-    qkv_order: str = qkv.AUTO,
+    qkv_order: str = row_order.AUTO,
     num_workers: int = 1,
     overwrite: bool = False,
     hash_name: str = "xxh3",

@@ -12,7 +12,7 @@ from dataclasses import replace
 from ..checkpoint import Shard
 from ..errors import UnsupportedError
 from ..mapping import shorten
-from . import core_local, core_te, deepspeed, legacy
+from . import core_local, core_te, deepspeed, gpt_neox, legacy
 from .dialect import Dialect as Dialect
 
 _NOT_YET = (
@@ -32,6 +32,7 @@ DIALECTS: tuple[Dialect, ...] = (
     core_local.DIALECT,
     legacy.DIALECT,
     deepspeed.DIALECT,
+    gpt_neox.DIALECT,
 )
 # Megatron-Core's `transformer_impl` -> the dialect that is written for it.
 WRITABLE = {"transformer_engine": core_te, "local": core_local}

@@ -25,7 +25,7 @@ RULES = RuleTable(
     Rule("word_embeddings.weight", "embedding.word_embeddings.weight"),
     Rule("position_embeddings.weight", "embedding.position_embeddings.weight"),
     Rule("word_embeddings.norm.{p}", "embedding.norm.{p}"),
-    *layer_rules(("layers",)),
+    *layer_rules(("layers",), skipped="attention."),
     Rule(
         f"{_IN}.{{query,key_value}}.{{p}}", f"{_OUT}.linear_qkv.{{p}}", JoinKeyValue(), one_way=True
     ),

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from ..mapping import RuleTable
 
+Arguments = Mapping[str, object]
+Shapes = Mapping[str, tuple[int, ...]]
 HEAD, BLOCK, ELEMENT, PAIRED = "head", "block", "element", "paired"
 
 
@@ -24,10 +26,13 @@ class Dialect:
         is_core: whether Megatron-Core's GPT was trained, or one whose arguments mean the same, and
             not Megatron-LM's own.
         orders: lowest `checkpoint_version` -> order of the rows of `query_key_value` on each
-            tensor-parallel rank (see `qkv.py`), the newest first.
+            tensor-parallel rank (see `row_order.py`), the newest first.
         grouped_order: the order in models with fewer key than query heads, if it is another.
         ordered_by_names: (pattern, order): where a name matches, rows are in that order whatever
             the version.
+        up_first: a pattern of names: where one matches, ranks have a gated MLP as [up | gate].
+        arguments: what its arguments are in Megatron's words, given shapes of whole tensors by
+            canonical name, with notes for the user; None where they are Megatron's own.
         summed: canonical names with `{i}` for the layer: tensor-parallel ranks hold parts that
             are added, where Megatron's hold copies.
     """
@@ -39,7 +44,16 @@ class Dialect:
     orders: tuple[tuple[float, str], ...] = ((0.0, HEAD),)
     grouped_order: str | None = None
     ordered_by_names: tuple[tuple[str, str], ...] = ()
+    up_first: str | None = None
+    arguments: Callable[[Arguments, Shapes], tuple[dict[str, object], tuple[str, ...]]] | None = (
+        None
+    )
     summed: frozenset[str] = frozenset()
+
+    def has_up_first(self, names: Iterable[str]) -> bool:
+        """Whether ranks have a gated MLP as [up | gate]."""
+        pattern = self.up_first
+        return pattern is not None and any(re.fullmatch(pattern, name) for name in names)
 
     def known(self, names: Iterable[str]) -> int:
         """How many of the names have a rule."""

@@ -52,12 +52,17 @@ _STACKS = ("language_model.encoder", "language_model.transformer", "transformer"
 _EMBEDDINGS = ("word_embeddings.weight", "position_embeddings.weight")
 
 
-def layer_rules(stacks: tuple[str, ...]) -> list[Rule]:
-    """A layer's names in all spellings, below each of these; only the very first is written."""
+def layer_rules(stacks: tuple[str, ...], skipped: str = " ") -> list[Rule]:
+    """A layer's names in all spellings, below each of these; only the very first is written.
+
+    Names within a layer that begin with `skipped` are left out.
+    """
     rules = []
     for names, target in (*_LAYER, *_FUSED_NORMS):
         for stack in stacks:
             for name in names:
+                if name.startswith(skipped):
+                    continue
                 written = stack == stacks[0] and name == _WRITTEN.get(target)
                 source = f"{stack}.{{i}}.{name}"
                 rules.append(Rule(source, f"{_OUT}.{target}", one_way=not written))

@@ -4,6 +4,9 @@
                  mp_rank_TT_PPP/model_optim_rng.pt         ... and pipeline rank PPP
                  mp_rank_TT_EEE/model_optim_rng.pt         ... or expert rank EEE: args decide
                  mp_rank_TT_PPP_EEE/model_optim_rng.pt     ... and expert rank EEE
+                 mp_rank_TT[_PPP]/model_rng.pt             2022-03 to 2023-05 with the distributed
+                 mp_rank_TT[_PPP]_DDD/optim.pt             optimizer, which has folders of its own
+                 mp_rank_TT[_PPP]_DDD/model_rng.pt         days in 2022-05: data rank DDD's copy
 
     model_optim_rng.pt = {args, checkpoint_version, iteration,
                           model | model0, model1, ... (virtual pipeline chunks),
@@ -19,7 +22,7 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 from ..checkpoint import Layout, RawCheckpoint, Shard
@@ -38,7 +41,7 @@ from .values import holds_tensors, iteration, plain_arguments, scalar, version
 
 NAME = "torch"
 _RANK = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?(?:_(\d{3,}))?")
-_FILE = "model_optim_rng.pt"
+_FILE, _FILE_OF_2022 = "model_optim_rng.pt", "model_rng.pt"
 _MAX_NAMED = 4
 Arguments = Mapping[str, Mapping[str, object] | None]
 
@@ -76,6 +79,7 @@ def open_folder(place: Place, skip_keys: frozenset[str] = frozenset()) -> RawChe
     first = contents[files[0].folder]
     arguments = {name: plain_arguments(content.get("args")) for name, content in contents.items()}
     args = arguments[files[0].folder]
+    files = _without_copies(files, args)
     sizes = _sizes(args, files)
     ranks = {file.folder: _coordinates(file, sizes) for file in files}
     _check_grid(place, ranks, sizes)
@@ -87,7 +91,7 @@ def open_folder(place: Place, skip_keys: frozenset[str] = frozenset()) -> RawChe
         tp, pp, ep = ranks[file.folder]
         for chunk, model in enumerate(_chunks(file, content, dropped, skip_keys)):
             tensors = tensors_of(model, file.folder, file.path, dropped)
-            where = f"{file.folder}/{_FILE}"
+            where = f"{file.folder}/{os.path.basename(file.path)}"
             shards.append(Shard(where, tensors, arguments[file.folder], tp, pp, chunk, ep))
     num_chunks = 1 + max(shard.vpp for shard in shards)
     return RawCheckpoint(
@@ -110,10 +114,29 @@ def _rank_files(folder: str) -> list[_RankFile]:
     files = []
     for name in listing(folder):
         hit = _RANK.fullmatch(name)
-        path = os.path.join(folder, name, _FILE)
-        if hit and os.path.isfile(path):
-            files.append(_RankFile(name, path, tuple(int(n) for n in hit.groups() if n)))
+        for model in (_FILE, _FILE_OF_2022) if hit else ():
+            path = os.path.join(folder, name, model)
+            if hit and os.path.isfile(path):
+                files.append(_RankFile(name, path, tuple(int(n) for n in hit.groups() if n)))
+                break
     return files
+
+
+def _without_copies(files: list[_RankFile], args: Mapping[str, object] | None) -> list[_RankFile]:
+    """Without the files that further data-parallel ranks wrote for some days in 2022-05.
+
+    (Megatron-LM 3c93098118: `mp_rank_TT[_PPP]_DDD/model_rng.pt`.)
+    """
+    stages = (args or {}).get("pipeline_model_parallel_size")
+    count = 2 if isinstance(stages, int) and stages > 1 else 1
+    kept = []
+    for file in files:
+        is_copied = os.path.basename(file.path) == _FILE_OF_2022 and len(file.numbers) > count
+        if not is_copied:
+            kept.append(file)
+        elif args is not None and file.numbers[count:] == (0,):
+            kept.append(replace(file, numbers=file.numbers[:count]))
+    return kept or files
 
 
 def _content(file: _RankFile) -> Mapping[str, object]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from ..boxes import Ints
 from ..dtypes import DType
@@ -37,7 +38,7 @@ def plain_arguments(args: object) -> dict[str, object] | None:
     return plain_entries(args.fields)
 
 
-def plain_entries(fields: Mapping[object, object]) -> dict[str, object]:
+def plain_entries(fields: Mapping[Any, object]) -> dict[str, object]:
     """Named values: plain ones as they are, all others opaque.
 
     Raises:

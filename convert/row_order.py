@@ -1,11 +1,12 @@
-"""The order of the rows of `query_key_value` on one tensor-parallel rank.
+"""The order of the rows of a tensor-parallel rank's `query_key_value` and gated MLP.
 
     head      [g, (r queries, 1 key, 1 value), d]      checkpoint_version 2.0 and 3.0; canonical
     block     [g * r, d] [g, d] [g, d]                 version 0: all queries, all keys, all values
     element   [h, d, (query, key, value)]              version 1.0, which knew no groups
     paired    [g * r, d] [g, (key, value), d]          two tensors of Megatron-DeepSpeed, joined
 
-for g query groups of r heads, h heads in all, d channels. Weights and biases alike. The order is
+for g query groups of r heads, h heads in all, d channels. A gated `linear_fc1` is [gate | up];
+GPT-NeoX has [up | gate]. Weights and biases alike. The order is
 each rank's own: rows are put right before ranks are joined. A tensor that holds several ranks' rows
 already is taken apart first. All of it is strides: nothing is read.
 (Source: fix_query_key_value_ordering, megatron/checkpointing.py at v2.6.)
@@ -13,7 +14,7 @@ already is taken apart first. All of it is strides: nothing is read.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 
 from .architecture import Architecture
@@ -24,9 +25,8 @@ from .tensors import LazyTensor, concat
 
 ORDERS = (HEAD, BLOCK, ELEMENT)
 AUTO = "auto"
-_MARK = ".self_attention.linear_qkv."
+_MARK, _GATED = ".self_attention.linear_qkv.", ".mlp.linear_fc1."
 _NAMES = ("weight", "bias")
-Held = Mapping[str, Sequence[Shard]]
 
 
 def check_choice(order: str) -> None:
@@ -74,16 +74,38 @@ def in_head_order(
     for name, shards in held.items():
         if _MARK in name and name.rpartition(".")[2] in _NAMES:
             shards = [
-                replace(
-                    shard,
-                    tensors={
-                        name: _reordered(shard.tensors[name], order, architecture, parts, groups)
-                    },
-                )
+                _mapped(shard, name, lambda t: _reordered(t, order, architecture, parts, groups))
                 for shard in shards
             ]
         result[name] = shards
     return result
+
+
+def gate_first(
+    held: dict[str, list[Shard]], architecture: Architecture, layout_tp: int, tp: int
+) -> dict[str, list[Shard]]:
+    """Gated MLPs that have [up | gate] on each rank as [gate | up]; arguments as above."""
+    if not architecture.gated_linear_unit:
+        return held
+    parts = layout_tp // tp
+    return {
+        name: [_mapped(shard, name, lambda t: _swapped(t, parts)) for shard in shards]
+        if _GATED in name and name.rpartition(".")[2] in _NAMES
+        else shards
+        for name, shards in held.items()
+    }
+
+
+def _mapped(shard: Shard, name: str, change: Callable[[LazyTensor], LazyTensor]) -> Shard:
+    """A shard with one of its tensors, changed."""
+    return replace(shard, tensors={name: change(shard.tensors[name])})
+
+
+def _swapped(tensor: LazyTensor, parts: int) -> LazyTensor:
+    if not tensor.shape or not tensor.shape[0] or tensor.shape[0] % (2 * parts):
+        return tensor  # `check_complete` says what is wrong with its shape
+    halves = [half for part in tensor.chunk(parts) for half in reversed(part.chunk(2))]
+    return concat(halves)
 
 
 def _reordered(
