@@ -104,7 +104,7 @@ def open_folder(place: Place, skip_keys: frozenset[str] = frozenset()) -> RawChe
         checkpoint_version=version(first, files[0].path, missing=0.0),
         is_stamped=first.get("checkpoint_version") is not None,
         dropped={kind: tuple(sorted(set(names))) for kind, names in dropped.items()},
-        evidence=(f"{len(files)} mp_rank_* folders with {_FILE}",),
+        evidence=(f"{len(files)} mp_rank_* folders with {os.path.basename(files[0].path)}",),
         num_files=len(files),
         iterations=place.iterations,
     )
@@ -127,14 +127,16 @@ def _without_copies(files: list[_RankFile], args: Mapping[str, object] | None) -
 
     (Megatron-LM 3c93098118: `mp_rank_TT[_PPP]_DDD/model_rng.pt`.)
     """
-    stages = (args or {}).get("pipeline_model_parallel_size")
+    if args is None:
+        return files
+    stages = args.get("pipeline_model_parallel_size")
     count = 2 if isinstance(stages, int) and stages > 1 else 1
     kept = []
     for file in files:
         is_copied = os.path.basename(file.path) == _FILE_OF_2022 and len(file.numbers) > count
         if not is_copied:
             kept.append(file)
-        elif args is not None and file.numbers[count:] == (0,):
+        elif file.numbers[count:] == (0,):
             kept.append(replace(file, numbers=file.numbers[:count]))
     return kept or files
 
