@@ -66,11 +66,11 @@ def model_arguments(a: Architecture) -> dict[str, object]:
     Raises:
         UnsupportedError: the model computes something that they cannot say.
     """
-    if a.position_embedding_type == "alibi":  # BigScience's argument would be read as such
-        raise _refusal("position_embedding_type = alibi", "learned_absolute, rope or none")
-    gelu_tanh = a.activation == "gelu_tanh"
+    gelu_tanh, kind = a.activation == "gelu_tanh", a.position_embedding_type
     arguments: dict[str, object] = {
         **{name: getattr(a, name) for name in _SAME},
+        # Megatron-Core has no ALiBi: `_check` will say so.
+        "position_embedding_type": "none" if kind == "alibi" else kind,
         "norm_epsilon": a.layernorm_epsilon,
         "apply_layernorm_1p": a.layernorm_zero_centered_gamma,
         "add_position_embedding": True,
@@ -118,19 +118,12 @@ def _check(wanted: Architecture, said: Architecture) -> None:
     """Hold what the arguments say against what they should."""
     a, b = wanted.forward_pass(), said.forward_pass()
     if lost := [name for name in a if a[name] != b.get(name)]:
-        raise _refusal(
-            ", ".join(f"{name} = {a[name]}" for name in lost),
-            ", ".join(f"{name} = {b.get(name)}" for name in lost),
+        raise UnsupportedError(
+            "Megatron-Core's arguments cannot describe this model; nothing was written",
+            found=", ".join(f"{name} = {a[name]}" for name in lost),
+            expected=", ".join(f"{name} = {b.get(name)}" for name in lost),
+            fix="convert it with --to hf, which can represent it",
         )
-
-
-def _refusal(found: str, expected: str) -> UnsupportedError:
-    return UnsupportedError(
-        "Megatron-Core's arguments cannot describe this model; nothing was written",
-        found=found,
-        expected=expected,
-        fix="convert it with --to hf, which can represent it",
-    )
 
 
 def ignored_by_training(a: Architecture) -> list[str]:
