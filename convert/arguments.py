@@ -207,10 +207,12 @@ def _check_types(a: Arguments, said: Arguments) -> None:
 def _require(a: Arguments) -> None:
     missing = [name for name in NEEDED if a.get(name) is None]
     if missing:
-        raise _missing(missing, "the checkpoint's arguments do not say everything about the model")
+        raise missing_arguments(
+            missing, "the checkpoint's arguments do not say everything about the model"
+        )
 
 
-def _missing(names: Iterable[str], message: str) -> UsageError:
+def missing_arguments(names: Iterable[str], message: str) -> UsageError:
     """The error that asks for arguments, each with an example."""
     examples = {
         "num_layers": "24",
@@ -227,12 +229,14 @@ def _missing(names: Iterable[str], message: str) -> UsageError:
         "group_query_attention": "True",
         "swiglu": "True",
         "bias_gelu_fusion": "True",
+        "gpt_j_residual": "True",
     }
     notes = {
         "bias_gelu_fusion": "True: GELU by tanh, False: exact GELU; or squared_relu=True",
         "layernorm_zero_centered_gamma": "True if norm weights are stored minus one",
         "position_embedding_type": "rope or none",
         "swiglu": "silu(gate) * up",
+        "gpt_j_residual": "True if attention and MLP run beside each other",
     }
     names = list(names)
     return UsageError(
@@ -406,7 +410,9 @@ def _bias_gelu_fusion(a: Arguments) -> bool:
         return False
     # The argument is older than tensor_model_parallel_size (2020-10); before it, nothing was fused.
     if a.get("bias_gelu_fusion") is None and "tensor_model_parallel_size" in a:
-        raise _missing(["bias_gelu_fusion"], "the arguments do not say which GELU the model has")
+        raise missing_arguments(
+            ["bias_gelu_fusion"], "the arguments do not say which GELU the model has"
+        )
     return a.get("bias_gelu_fusion") is True
 
 
@@ -414,7 +420,9 @@ def _query_groups(a: Arguments, heads: int) -> object:
     if "group_query_attention" in a:
         return _or(a, "num_query_groups", heads) if a["group_query_attention"] is True else heads
     if _or(a, "num_query_groups", heads) != heads:  # Megatron stores both or neither
-        raise _missing(["group_query_attention"], "num_query_groups alone may mean nothing")
+        raise missing_arguments(
+            ["group_query_attention"], "num_query_groups alone may mean nothing"
+        )
     return _or(a, "num_key_value_heads", heads)  # Megatron-DeepSpeed; before 2023-06 none
 
 
@@ -545,7 +553,9 @@ def architecture_from_shapes(
     a = {**seen, "group_query_attention": True, **said}
     missing = [name for name in _unseen(a, sizes.gated) if a.get(name) is None]
     if missing:
-        raise _missing(missing, "the checkpoint has no arguments, and shapes do not say everything")
+        raise missing_arguments(
+            missing, "the checkpoint has no arguments, and shapes do not say everything"
+        )
     if (a.get("swiglu") is True) != sizes.gated:
         raise UsageError(
             "--set swiglu contradicts the tensors",

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 
 from .architecture import read_shapes
 from .argument_tables import Neutral
+from .arguments import missing_arguments
 from .errors import UnsupportedError
 
 Arguments = Mapping[str, object]
@@ -60,19 +61,21 @@ _USUAL_LENGTH = 2048
 
 
 def megatron_arguments(
-    neox: Arguments, shapes: Mapping[str, tuple[int, ...]]
+    neox: Arguments, shapes: Mapping[str, tuple[int, ...]], overrides: Arguments
 ) -> tuple[dict[str, object], tuple[str, ...]]:
     """What GPT-NeoX's arguments and a model's shapes say, in Megatron's words.
 
     Args:
         neox: arguments under names with underscores.
         shapes: canonical name, with numbered layers, -> shape of the whole tensor.
+        overrides: what the user says, under Megatron's names.
 
     Returns:
         Arguments for `architecture_from_args`, those that nothing says left out; notes.
 
     Raises:
         UnsupportedError: an option of GPT-NeoX that mtt cannot represent, by name.
+        UsageError: options that change the computation are not known.
     """
     _refuse(neox)
     sizes = read_shapes(shapes)
@@ -93,6 +96,8 @@ def megatron_arguments(
     heads, groups = neox.get("num_attention_heads"), neox.get("num_kv_heads")
     if groups is not None and groups != heads:
         args |= {"group_query_attention": True, "num_query_groups": groups}
+    if not known:
+        _ask(args, overrides, gated=sizes.gated)
     args |= {"swiglu": sizes.gated, "squared_relu": False}
     _check_activation(neox, gated=sizes.gated)
     if type(neox.get("sliding_window_width")) is int:
@@ -116,6 +121,19 @@ def _refuse(neox: Arguments) -> None:
             "the model computes something that mtt cannot represent",
             found="; ".join(f"{name} = {v} ({meanings[name]})" for name, v in odd.items()),
             expected="a GPT-NeoX without that",
+        )
+
+
+def _ask(args: Arguments, overrides: Arguments, *, gated: bool) -> None:
+    """Raise for all that a checkpoint without its configuration does not say."""
+    needed = ["gpt_j_residual", "layernorm_epsilon", "position_embedding_type"]
+    needed += [] if gated else ["bias_gelu_fusion"]
+    said = {**args, **overrides}
+    if said.get("position_embedding_type") in (None, "rope"):
+        needed.append("rotary_percent")
+    if unknown := [name for name in needed if name not in said]:
+        raise missing_arguments(
+            unknown, "the checkpoint is GPT-NeoX's, and its configuration is not beside it"
         )
 
 

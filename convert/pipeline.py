@@ -93,7 +93,7 @@ def open_checkpoint(
     shapes = topology.joined_shapes(held, tp)
     notes: tuple[str, ...] = ()
     if dialect.arguments and raw.args is not None:
-        args, notes = dialect.arguments(raw.args, shapes)
+        args, notes = dialect.arguments(raw.args, shapes, overrides or {})
         shards = [replace(shard, args=None) for shard in raw.shards]
         raw = replace(raw, args=args, shards=tuple(shards))
     architecture = _architecture(raw, shapes, overrides or {}, legacy=not dialect.is_core)

@@ -10,6 +10,7 @@ from ..mapping import RuleTable
 
 Arguments = Mapping[str, object]
 Shapes = Mapping[str, tuple[int, ...]]
+Translated = tuple[dict[str, object], tuple[str, ...]]
 HEAD, BLOCK, ELEMENT, PAIRED = "head", "block", "element", "paired"
 
 
@@ -32,7 +33,7 @@ class Dialect:
             the version.
         up_first: a pattern of names: where one matches, ranks have a gated MLP as [up | gate].
         arguments: what its arguments are in Megatron's words, given shapes of whole tensors by
-            canonical name, with notes for the user; None where they are Megatron's own.
+            canonical name and what the user says, with notes; None where they are Megatron's own.
         summed: canonical names with `{i}` for the layer: tensor-parallel ranks hold parts that
             are added, where Megatron's hold copies.
     """
@@ -45,9 +46,7 @@ class Dialect:
     grouped_order: str | None = None
     ordered_by_names: tuple[tuple[str, str], ...] = ()
     up_first: str | None = None
-    arguments: Callable[[Arguments, Shapes], tuple[dict[str, object], tuple[str, ...]]] | None = (
-        None
-    )
+    arguments: Callable[[Arguments, Shapes, Arguments], Translated] | None = None
     summed: frozenset[str] = frozenset()
 
     def has_up_first(self, names: Iterable[str]) -> bool:

@@ -1,14 +1,13 @@
 """Checkpoints of formats and layouts that no golden has, cut from those that there are.
 
-Everything is done with torch on files that real code wrote, and with nothing of mtt. The model, and
-so its logits, stay those of the golden it was made from.
+Everything is done with torch on files that real code wrote; mtt only converts the result. The
+model, and so its bytes and logits, stay those of the golden it was made from.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
-import pickle
+import hashlib
 import re
 import shutil
 import sys
@@ -19,6 +18,8 @@ from typing import Any, ClassVar
 from unittest import mock
 
 import torch
+
+import mtt_convert
 
 State = dict[str, Any]
 COLUMN = ("query_key_value.", "dense_h_to_4h.", "word_embeddings.weight", "lm_head.", "linear1.")
@@ -53,11 +54,12 @@ _ABSENT = """
     megatron.core.transformer megatron.core.transformer.enums megatron.enums megatron.fp16
     megatron.fp16.loss_scaler megatron.model megatron.model.enums
 """.split()
+_MODULES = {name: _Module(name) for name in _ABSENT}
 
 
 @contextlib.contextmanager
 def _absent_modules() -> Iterator[None]:
-    with mock.patch.dict(sys.modules, {name: _Module(name) for name in _ABSENT}):
+    with mock.patch.dict(sys.modules, _MODULES):
         yield
 
 
@@ -146,11 +148,8 @@ def head_to_element(rows: torch.Tensor, heads: int) -> torch.Tensor:
     return each.transpose(1, 2).reshape(rows.shape).contiguous()
 
 
-def arguments_of(golden: Path) -> dict[str, Any]:
-    """The arguments beside a golden."""
-    return json.loads((golden / "args.json").read_text())
-
-
-def pickled(value: object) -> bytes:
-    """For tests that put something else in the place of a file."""
-    return pickle.dumps(value)
+def digest(source: Path, target: Path, **options: Any) -> str:
+    """A hash of the safetensors file that a checkpoint becomes."""
+    options = {"tokenizer": "none", "overrides": {"vocab_size": 497}, **options}
+    mtt_convert.convert(source, target, **options)
+    return hashlib.sha256((target / "model.safetensors").read_bytes()).hexdigest()
