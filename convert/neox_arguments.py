@@ -58,6 +58,7 @@ _NEUTRAL: Mapping[str, Neutral] = {
 }
 _GLOBAL = ("global", "flash")
 _USUAL_LENGTH = 2048
+_UNTIED = "untie_embeddings_and_output_weights"
 
 
 def megatron_arguments(
@@ -88,6 +89,8 @@ def megatron_arguments(
         if value is not None:
             args[ours] = float(value) if ours == "rotary_percent" and value == 1 else value
     notes: list[str] = []
+    if type(neox.get("no_weight_tying")) is bool:
+        args[_UNTIED] = neox["no_weight_tying"]
     args |= _positions(neox, args, known, notes)
     if known:
         args |= _norm(neox)
@@ -131,6 +134,10 @@ def _ask(args: Arguments, overrides: Arguments, *, gated: bool) -> None:
     said = {**args, **overrides}
     if said.get("position_embedding_type") in (None, "rope"):
         needed.append("rotary_percent")
+    # A head may be there and its file may not.
+    if not args[_UNTIED] and _UNTIED not in overrides:
+        del said[_UNTIED]
+        needed.append(_UNTIED)
     if unknown := [name for name in needed if name not in said]:
         raise missing_arguments(
             unknown, "the checkpoint is GPT-NeoX's, and its configuration is not beside it"

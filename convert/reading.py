@@ -112,7 +112,10 @@ def _combine(source: Combined, offset: int, out: memoryview) -> int:
 
 def _whole(tensor: LazyTensor, reader: FileReader) -> memoryview:
     """All bytes of a small tensor."""
-    return memoryview(bytearray().join(stream(tensor, reader)))
+    whole = bytearray()
+    for window in stream(tensor, reader):
+        whole += window
+    return memoryview(whole)
 
 
 def window_size(*tensors: LazyTensor) -> int:

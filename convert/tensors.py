@@ -230,7 +230,7 @@ class Combined:
 
 
 def combined(tensors: Sequence[LazyTensor], how: str) -> LazyTensor:
-    """The sum or mean of tensors, still unread."""
+    """The sum or mean of tensors of at least one axis, still unread."""
     first = tensors[0]
     return LazyTensor.in_file(first.dtype, first.shape, Combined(tuple(tensors), how), 0)
 

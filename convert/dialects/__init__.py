@@ -34,6 +34,7 @@ DIALECTS: tuple[Dialect, ...] = (
     deepspeed.DIALECT,
     gpt_neox.DIALECT,
 )
+CORE = (core_te.DIALECT.name, core_local.DIALECT.name)
 # Megatron-Core's `transformer_impl` -> the dialect that is written for it.
 WRITABLE = {"transformer_engine": core_te, "local": core_local}
 

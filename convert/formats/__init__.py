@@ -62,7 +62,8 @@ def find(path: str, iteration: int | None = None) -> tuple[Reader, Place]:
     raise _recognised(place.folder) or NotACheckpointError(
         f"no model files in {place.folder}",
         found=", ".join(listing(place.folder)[:6]) or "an empty folder",
-        expected="mp_rank_*/model_optim_rng.pt, or .metadata with *.distcp files",
+        expected="mp_rank_*/model_optim_rng.pt, .metadata with *.distcp files, or DeepSpeed's "
+        "layer_*-model_states.pt",
         fix="copy the iteration again from where it was written",
     )
 
