@@ -67,7 +67,7 @@ def _print(checkpoint: Checkpoint) -> None:
     print_table(
         (
             ("format", checkpoint.format),
-            ("names", checkpoint.dialect),
+            ("dialect", checkpoint.dialect),
             ("generation", checkpoint.generation),
             ("evidence", "; ".join(checkpoint.evidence)),
             ("iteration", iteration),

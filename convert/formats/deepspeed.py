@@ -27,7 +27,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from ..errors import CorruptError, IncompleteError, InconsistentError, UnsupportedError
-from .folders import listing
+from .folders import Place, listing
 from .pickles import Record
 from .state_dicts import STATE
 from .torch_zip import load
@@ -176,6 +176,14 @@ def pipeline_size(states: RankStates | None, tp: int) -> int:
             return value
     world = scalar(states.content, "mp_world_size", states.where)
     return world // tp if isinstance(world, int) and world >= tp and world % tp == 0 else 1
+
+
+def iteration_of(place: Place, states: RankStates | None) -> int | None:
+    """The iteration the tag names, or the one the files say; a tag counts DeepSpeed's own steps."""
+    if place.iteration is not None or states is None:
+        return place.iteration
+    said = scalar(states.content, "iteration", states.where)
+    return said if isinstance(said, int) else None
 
 
 def true_vocabulary(states: RankStates | None) -> int | None:

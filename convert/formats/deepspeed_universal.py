@@ -27,6 +27,7 @@ from ..errors import CorruptError, IncompleteError, InconsistentError
 from ..tensors import LazyTensor
 from .deepspeed import (
     AVERAGE,
+    iteration_of,
     left_out,
     numbered,
     pipeline_size,
@@ -86,7 +87,7 @@ def open_folder(place: Place, skip_keys: frozenset[str] = frozenset()) -> RawChe
         folder=folder,
         layout=Layout(tp, pipeline_size(states, tp)),
         shards=(Shard(f"{_ZERO}/*/{_WEIGHTS}", tensors, args),),
-        iteration=place.iteration,
+        iteration=iteration_of(place, states),
         args=args,
         checkpoint_version=version(states.content, states.path, missing=3.0) if states else 3.0,
         is_stamped=states is not None and states.content.get("checkpoint_version") is not None,

@@ -109,7 +109,7 @@ def test_a_tag_of_any_name(root: Path) -> None:
     (root / TAG).rename(root / "best")
     (root / "latest").write_text("best\n")
     checkpoint = mtt_convert.open_checkpoint(root)
-    assert (checkpoint.folder, checkpoint.iteration) == (str(root / "best"), None)
+    assert (checkpoint.folder, checkpoint.iteration) == (str(root / "best"), 100)
 
 
 @pytest.mark.parametrize("text", ["", "..", "/etc", "../other", "a" * 300, "global_step300"])
