@@ -137,10 +137,9 @@ def _row_order(
     if choice != row_order.AUTO:
         return choice, f"rows of query_key_value by {choice}, as asked for"
     grouped = architecture.num_query_groups != architecture.num_attention_heads
-    order = dialect.qkv_order(names, raw.checkpoint_version, grouped=grouped)
-    version = f"checkpoint_version {raw.checkpoint_version:.1f}"
-    stamp = version if raw.is_stamped else "no checkpoint_version"
-    return order, f"{stamp}: rows of query_key_value by {order}"
+    version = raw.checkpoint_version if raw.is_stamped else None
+    order, reason = dialect.qkv_order(names, raw.args or {}, version, grouped=grouped)
+    return order, f"{reason}: rows of query_key_value by {order}"
 
 
 def _architecture(

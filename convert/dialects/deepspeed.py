@@ -9,7 +9,7 @@
 heads had `self_attention.query` and `key_value` apart until 2023-11 (commit 8415d03e), and one
 `query_key_value` since. Rows are in Megatron-LM's order of the version; but main since 2024-12
 (commit 676a482c) computes with all queries, keys and values of a rank one after another and still
-stamps 3.0, which only `--qkv-order block` can say.
+stamps 3.0; the arguments that came with the same commit show it.
 (GPTModelPipe, megatron/model/gpt_model.py at 346b89a6, 6acc370a, 4efb479d; BigScience 8387ae17.)
 """
 
@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from ..mapping import Rule, RuleTable
 from ..ops import JoinKeyValue
-from .dialect import PAIRED, Dialect
+from .dialect import BLOCK, PAIRED, Dialect
 from .legacy import QKV_ORDERS, layer_rules
 
 _IN, _OUT = "layers.{i}.self_attention", "decoder.layers.{i}.self_attention"
@@ -42,4 +42,5 @@ DIALECT = Dialect(
     ),
     orders=QKV_ORDERS,
     ordered_by_names=((r".*\.self_attention\.key_value\..*", PAIRED),),
+    ordered_by_arguments={"ds_sequence_parallel_fpdt": BLOCK},
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ..mapping import RuleTable
 
@@ -31,6 +31,8 @@ class Dialect:
         grouped_order: the order in models with fewer key than query heads, if it is another.
         ordered_by_names: (pattern, order): where a name matches, rows are in that order whatever
             the version.
+        ordered_by_arguments: argument -> order: code that has the argument keeps rows in that
+            order whatever it stamps.
         up_first: a pattern of names: where one matches, ranks have a gated MLP as [up | gate].
         arguments: what its arguments are in Megatron's words, given shapes of whole tensors by
             canonical name and what the user says, with notes; None where they are Megatron's own.
@@ -45,6 +47,7 @@ class Dialect:
     orders: tuple[tuple[float, str], ...] = ((0.0, HEAD),)
     grouped_order: str | None = None
     ordered_by_names: tuple[tuple[str, str], ...] = ()
+    ordered_by_arguments: Mapping[str, str] = field(default_factory=dict)
     up_first: str | None = None
     arguments: Callable[[Arguments, Shapes, Arguments], Translated] | None = None
     summed: frozenset[str] = frozenset()
@@ -67,11 +70,24 @@ class Dialect:
                 return releases, shown
         return self.name, names[0]
 
-    def qkv_order(self, names: Iterable[str], version: float, *, grouped: bool) -> str:
-        """The order of the rows of `query_key_value` on a rank."""
+    def qkv_order(
+        self, names: Iterable[str], args: Arguments, version: float | None, *, grouped: bool
+    ) -> tuple[str, str]:
+        """The order of the rows of `query_key_value` on a rank, and what says so.
+
+        Args:
+            names: as the files have them.
+            args: the checkpoint's arguments.
+            version: `checkpoint_version`, or None if there is none.
+            grouped: whether there are fewer key than query heads.
+        """
         for pattern, order in self.ordered_by_names:
-            if any(re.fullmatch(pattern, name) for name in names):
-                return order
+            if shown := next((name for name in names if re.fullmatch(pattern, name)), None):
+                return order, shown
+        for name, order in self.ordered_by_arguments.items():
+            if name in args:
+                return order, f"argument {name}"
         if grouped and self.grouped_order:
-            return self.grouped_order
-        return next(order for lowest, order in self.orders if version >= lowest)
+            return self.grouped_order, f"{self.name} with query groups"
+        stamp = "no checkpoint_version" if version is None else f"checkpoint_version {version:.1f}"
+        return next(order for lowest, order in self.orders if (version or 0.0) >= lowest), stamp

@@ -103,6 +103,8 @@ DIALECT = Dialect(
         (r"language_model\.encoder\.layers\..*", "Megatron-LM v2.1 to 23.08 (2021 to 2023)"),
     ),
     orders=QKV_ORDERS,
-    # Transformer Engine's own layers, whatever the stamp.
+    # Transformer Engine's own layers, whatever the stamp; and Megatron-DeepSpeed without its
+    # pipeline, for which see its dialect.
     ordered_by_names=((r".*\.layernorm_qkv\..*", HEAD),),
+    ordered_by_arguments={"ds_sequence_parallel_fpdt": BLOCK},
 )

@@ -50,7 +50,7 @@ def open_folder(place: Place, skip_keys: frozenset[str] = frozenset()) -> RawChe
 
     Args:
         place: the folder of one tag.
-        skip_keys: parameters to leave out; there are none that may be.
+        skip_keys: of no use here: beside the model, tensors are known state.
 
     Raises:
         IncompleteError: a rank's file is missing, or the files hold no model.

@@ -61,7 +61,7 @@ def open_folder(place: Place, skip_keys: frozenset[str] = frozenset()) -> RawChe
 
     Args:
         place: the folder of one tag.
-        skip_keys: parameters to leave out; there are none that may be.
+        skip_keys: of no use here: beside the model, tensors are known state.
 
     Raises:
         IncompleteError: a parameter's weights are missing.

@@ -79,7 +79,7 @@ OTHER_FORMATS = [
     legacy("megatron-deepspeed-346b89a6-2021-gpt2-tp1pp1", "gpt2"),
     legacy("megatron-deepspeed-6acc370a-gpt2-tp2pp2", "gpt2"),
     legacy("megatron-deepspeed-6acc370a-NOPIPE-gpt2-tp2pp1", "gpt2"),
-    legacy("megatron-deepspeed-main4efb479d-CATQKV-gpt2-tp1pp1", "gpt2", qkv_order="block"),
+    legacy("megatron-deepspeed-main4efb479d-CATQKV-gpt2-tp1pp1", "gpt2"),
     legacy("megatron-deepspeed-6acc370a-llama-tp2pp1", "llama"),
     legacy(
         "megatron-deepspeed-6acc370a-ZERO1bf16-gpt2-tp1pp1dp2",

@@ -384,6 +384,9 @@ INSPECTED = {
         "2 mp_rank_*_model_states.pt files with a module, nested names",
     ),
     "legacy/megatron-deepspeed-6acc370a-ZERO1bf16-gpt2-tp1pp1dp2": ("optimizer (1)",),
+    "legacy/megatron-deepspeed-main4efb479d-CATQKV-gpt2-tp1pp1": (
+        "argument ds_sequence_parallel_fpdt: rows of query_key_value by block",
+    ),
     UNIVERSAL: ("deepspeed_universal", "52 folders with fp32.pt in zero", "497 rows, 497"),
     "legacy/gpt-neox-DERIVED-tp1": ("gpt_neox", "GPT-NeoX (2021 to 2024)", "rope, 2048"),
 }
