@@ -93,7 +93,8 @@ def megatron_arguments(
         args[_UNTIED] = neox["no_weight_tying"]
     args |= _positions(neox, args, known, notes)
     if known:
-        args |= _norm(neox)
+        args |= _norm(neox, str(sizes.fields["normalization"]))
+        _require_positions(args, overrides)
     else:
         args.pop("normalization")
     heads, groups = neox.get("num_attention_heads"), neox.get("num_kv_heads")
@@ -181,8 +182,17 @@ def _positions(
     return {**found, "max_position_embeddings": length}
 
 
-def _norm(neox: Arguments) -> dict[str, object]:
-    name = neox.get("norm") or "layernorm"
+def _require_positions(args: Arguments, overrides: Arguments) -> None:
+    """Raise where nothing tells; learned ones, the default, would have a table."""
+    if "position_embedding_type" not in {**args, **overrides}:
+        raise missing_arguments(
+            ["position_embedding_type"], "the checkpoint's arguments do not say which positions"
+        )
+
+
+def _norm(neox: Arguments, seen: str) -> dict[str, object]:
+    """The kind of norm, which shapes show where nothing says it, and its epsilon."""
+    name = neox.get("norm") or seen.lower()
     if str(name) not in _NORMS:
         raise UnsupportedError(
             "mtt does not know this norm", found=f"norm = {name}", expected=", ".join(_NORMS)

@@ -315,6 +315,17 @@ def test_what_arguments_say(
     assert json.loads((tmp_path / "hf/config.json").read_text())[field] == expected
 
 
+def test_norms_show_in_shapes_and_positions_do_not(golden: Golden, tmp_path: Path) -> None:
+    root = _as_neox(golden(LLAMA), tmp_path / "root", "linear1", 2)
+    for rank in (0, 1):
+        with edited(root / TAG / f"mp_rank_{rank:02d}_model_states.pt") as states:
+            del states["args"]["norm"], states["args"]["pos_emb"]
+    refused(root, tmp_path / "out", UsageError, says="--set position_embedding_type=rope")
+    said = {"position_embedding_type": "rope", "vocab_size": 497}
+    expected = digest(golden(LLAMA), tmp_path / "golden")
+    assert digest(root, tmp_path / "hf", overrides=said) == expected
+
+
 @pytest.mark.parametrize("content", ["{", "a: [1", "!!python/object/apply:os.system [ls]"])
 def test_a_damaged_config(content: str, root: Path, tmp_path: Path) -> None:
     (root / TAG / "configs").mkdir()
