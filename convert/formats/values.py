@@ -21,6 +21,7 @@ from .pickles import Record, Stub, is_opaque
 _MAX_DEPTH = 6
 _MAX_VALUES = 20_000
 _MAX_INTEGER = 2**63
+_MOST_VERSIONS = 1000
 
 
 class _TooMuch(Exception):
@@ -102,10 +103,19 @@ def version(content: Mapping[str, object], where: str, missing: float) -> float:
     """Megatron's `checkpoint_version`.
 
     Raises:
-        CorruptError: it is no number.
+        CorruptError: it is no version.
     """
     value = scalar(content, "checkpoint_version", where)
-    return float(value) if isinstance(value, (int, float)) else missing
+    if value is None:
+        return missing
+    if not isinstance(value, (int, float)) or not 0 <= value < _MOST_VERSIONS:
+        raise CorruptError(
+            f"{where} has no readable checkpoint_version",
+            found=repr(value)[:60],
+            expected="0, 1, 2 or 3",
+            fix="copy the file again from where it was written",
+        )
+    return float(value)
 
 
 def iteration(content: Mapping[str, object], place: Place, where: str) -> int | None:

@@ -232,9 +232,10 @@ def test_a_head_of_bert_without_its_pooler(root: Path, tmp_path: Path) -> None:
     refused(root, tmp_path / "out", UnsupportedError, says="BERT")
 
 
-def test_a_version_that_is_none(root: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("value", [[3], "3.0", -1, float("nan"), float("inf"), 2**62])
+def test_a_version_that_is_none(value: object, root: Path, tmp_path: Path) -> None:
     with edited(root / FILE) as content:
-        content["checkpoint_version"] = [3]
+        content["checkpoint_version"] = value
     refused(root, tmp_path / "out", says="checkpoint_version")
 
 
