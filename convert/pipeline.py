@@ -137,8 +137,9 @@ def _row_order(
     if choice != row_order.AUTO:
         return choice, f"rows of query_key_value by {choice}, as asked for"
     grouped = architecture.num_query_groups != architecture.num_attention_heads
-    version = raw.checkpoint_version if raw.is_stamped else None
-    order, reason = dialect.qkv_order(names, raw.args or {}, version, grouped=grouped)
+    order, reason = dialect.qkv_order(
+        names, raw.args or {}, raw.checkpoint_version, is_stamped=raw.is_stamped, grouped=grouped
+    )
     return order, f"{reason}: rows of query_key_value by {order}"
 
 

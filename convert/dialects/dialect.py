@@ -71,16 +71,24 @@ class Dialect:
         return self.name, names[0]
 
     def qkv_order(
-        self, names: Iterable[str], args: Arguments, version: float | None, *, grouped: bool
+        self,
+        names: Iterable[str],
+        args: Arguments,
+        version: float,
+        *,
+        is_stamped: bool,
+        grouped: bool,
     ) -> tuple[str, str]:
         """The order of the rows of `query_key_value` on a rank, and what says so.
 
         Args:
             names: as the files have them.
             args: the checkpoint's arguments.
-            version: `checkpoint_version`, or None if there is none.
+            version: `checkpoint_version`, or what its absence stands for.
+            is_stamped: whether it is there.
             grouped: whether there are fewer key than query heads.
         """
+        names = sorted(names)
         for pattern, order in self.ordered_by_names:
             if shown := next((name for name in names if re.fullmatch(pattern, name)), None):
                 return order, shown
@@ -89,5 +97,5 @@ class Dialect:
                 return order, f"argument {name}"
         if grouped and self.grouped_order:
             return self.grouped_order, f"{self.name} with query groups"
-        stamp = "no checkpoint_version" if version is None else f"checkpoint_version {version:.1f}"
-        return next(order for lowest, order in self.orders if (version or 0.0) >= lowest), stamp
+        stamp = f"checkpoint_version {version:.1f}" if is_stamped else "no checkpoint_version"
+        return next(order for lowest, order in self.orders if version >= lowest), stamp

@@ -238,11 +238,11 @@ def numbered(modules: Mapping[int, Iterable[str]], where: str) -> tuple[dict[int
         )
     first, last = layers[0], layers[-1]
     if len(layers) != last - first + 1:
-        absent = next(n for n in range(first, last) if n not in modules)
+        absent = next(n for n in range(first, last) if n not in layers)
         raise IncompleteError(
             "a layer is missing; nothing was written",
             found=f"{len(layers)} layers between modules {first} and {last} in {where}",
-            expected=f"module {absent} of the pipeline",
+            expected=f"a layer in module {absent} of the pipeline",
             fix="copy its files again from where they were written",
         )
     prefixes = {n: f"layers.{n - first}." if first <= n <= last else "" for n in modules}

@@ -41,8 +41,11 @@ class _Copy:
         self.files = [path for path in self.files if path.suffix != ".json"]
         self.plan = _plan(self.root)
 
-    def changed(self, path: Path, data: bytes | None) -> None:
-        """Open it with other bytes in one file, or without that file."""
+    def changed(self, path: Path, data: bytes | None, *, is_other: bool = False) -> None:
+        """Open it with other bytes in one file, or without that file.
+
+        `is_other`: another plan is no surprise.
+        """
         before = path.read_bytes()
         try:
             path.unlink()
@@ -53,7 +56,8 @@ class _Copy:
             except MTTError as error:
                 assert error.message
                 return
-            assert plan == self.plan or (data is not None and len(data) == len(before))
+            is_other = is_other or (data is not None and len(data) == len(before))
+            assert plan == self.plan or is_other
         finally:
             path.write_bytes(before)
 
@@ -79,6 +83,18 @@ def test_cut_and_missing_files(name: str, copies: dict[str, _Copy], data: st.Dat
     content = path.read_bytes()
     end = data.draw(st.one_of(st.none(), st.integers(0, max(0, len(content) - 1))))
     copy.changed(path, None if end is None else content[:end])
+
+
+@pytest.mark.parametrize("name", SOURCES)
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_files_in_each_other_s_place(
+    name: str, copies: dict[str, _Copy], data: st.DataObject
+) -> None:
+    """What makes another model, or none, must not end in an exception."""
+    copy = copies[name]
+    path, other = (data.draw(st.sampled_from(copy.files)) for _ in range(2))
+    copy.changed(path, other.read_bytes(), is_other=True)
 
 
 @pytest.mark.parametrize("name", SOURCES)

@@ -171,6 +171,15 @@ def test_a_damaged_file(content: bytes | None, root: Path, tmp_path: Path) -> No
     refused(root, tmp_path / "out", CorruptError)
 
 
+def test_files_in_each_other_s_place(root: Path, tmp_path: Path) -> None:
+    for rank in (0, 1):
+        shutil.copy(root / TAG / NAME.format(6, rank), root / TAG / NAME.format(3, rank))
+    refused(root, tmp_path / "out", IncompleteError, says="a layer in module 3")
+    for rank in (0, 1):
+        shutil.copy(root / TAG / NAME.format(4, rank), root / TAG / NAME.format(3, rank))
+    assert mtt_convert.open_checkpoint(root)  # as good a layer as any
+
+
 def test_one_parameter_in_two_modules(root: Path, tmp_path: Path) -> None:
     for rank in (0, 1):
         with edited(root / TAG / NAME.format(6, rank)) as state:
