@@ -105,6 +105,8 @@ class _Archive:
     def _data_start(self, info: zipfile.ZipInfo) -> int:
         """Absolute position of a record's bytes, which must be stored as they are."""
         header_start = self._start + info.header_offset
+        if not self._start <= header_start < self._end:
+            raise damaged(self.path, f"a record at {header_start}", f"before {self._end}")
         header = os.pread(self._file.fileno(), _LOCAL_HEADER.size, header_start)
         if len(header) < _LOCAL_HEADER.size or header[:4] != b"PK\x03\x04":
             raise damaged(self.path, f"no record at {header_start}", info.filename)
