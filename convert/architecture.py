@@ -1,6 +1,6 @@
 """What a Megatron GPT computes, in Megatron-Core's words, normalised over generations.
 
-    h = word_embeddings[tokens] (+ position_embeddings[positions])
+    h = word_embeddings[tokens] (+ position_embeddings[positions])      (then a norm, in BLOOM)
     for each layer:
         h = h + linear_proj(attention(linear_qkv(norm(h))))
         h = h + linear_fc2(activation(linear_fc1(norm(h))))
@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 
 from .errors import IncompleteError, InconsistentError, UnsupportedError
 
-POSITION_EMBEDDING_TYPES = ("learned_absolute", "rope", "none")
+POSITION_EMBEDDING_TYPES = ("learned_absolute", "rope", "alibi", "none")
 NORMALIZATIONS = ("LayerNorm", "RMSNorm")
 ACTIVATIONS = ("gelu", "gelu_tanh", "silu", "squared_relu")
 PARAMS_DTYPES = ("float32", "float16", "bfloat16")
@@ -80,7 +80,8 @@ class Architecture:
     """Rows that are tokens; the rest only pads. None where the checkpoint does not say."""
 
     position_embedding_type: str = "learned_absolute"
-    """`learned_absolute`, `rope` or `none` (models/gpt/gpt_model.py)."""
+    """`learned_absolute`, `rope` or `none` (models/gpt/gpt_model.py); or `alibi`, scores that fall
+    with distance, which no Megatron-Core computes (BigScience's megatron/model/transformer.py)."""
 
     rotary_base: float = 10000.0
     """Base of the rotary frequencies; 10000 in models without rope."""
@@ -133,6 +134,9 @@ class Architecture:
 
     qk_layernorm: bool = False
     """A norm of kind `normalization` on each query and key head, before the rotation."""
+
+    embedding_norm: bool = False
+    """A norm after the embedding, as in BLOOM; no Megatron-Core computes that."""
 
     parallel_residual: bool = False
     """Attention and MLP of a layer read the same residual stream, as in GPT-NeoX; no Megatron-Core
@@ -408,6 +412,8 @@ def read_shapes(shapes: Shapes) -> Sizes:
         "qk_layernorm": norm is not None,
         "untie_embeddings_and_output_weights": "output_layer.weight" in shapes,
     }
+    if "embedding.norm.weight" in shapes:
+        fields["embed_layernorm"] = True
     if f"{_POSITIONS}.weight" in shapes:
         fields["position_embedding_type"] = "learned_absolute"
         fields["max_position_embeddings"] = _matrix(shapes, f"{_POSITIONS}.weight")[0]

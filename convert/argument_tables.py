@@ -89,11 +89,8 @@ NEUTRAL: Mapping[str, Neutral] = {
     "use_grouped_gemm_for_dense_mlp": Neutral("gate and up interleaved in blocks of 32 rows"),
     # norms and residuals
     "apply_residual_connection_post_layernorm": Neutral("residuals taken after the norm"),
-    "embed_layernorm": Neutral("a norm after the embedding, as in BLOOM"),
     "enable_hyper_connections": Neutral(_HYPER),
     "enable_mhc_connections": Neutral(_HYPER),
-    # BigScience adds the embedding norm for its 8-bit optimizer too (megatron/mpu/layers.py).
-    "use_bnb_optimizer": Neutral("a norm after the embedding, as in BLOOM"),
     # Multiplies embeddings, attention scores and logits (language_model_embedding.py,
     # language_module.py, transformer_config.py at core_v0.17); all mup_* do nothing without it.
     "use_mup": Neutral("muP's factors on embeddings, scores and logits"),
@@ -141,7 +138,8 @@ SETTINGS: Mapping[str, type] = {
         "openai_gelu onnx_safe "
         "bias_gelu_fusion use_te_activation_func use_transformer_engine_op_fuser add_bias_linear "
         "add_qkv_bias qk_layernorm untie_embeddings_and_output_weights fp16 bf16 "
-        "use_legacy_models use_mcore_models rotary_interleaved".split(),
+        "use_legacy_models use_mcore_models rotary_interleaved embed_layernorm use_bnb_optimizer "
+        "gpt_j_residual".split(),
         bool,
     ),
     **dict.fromkeys("normalization transformer_impl tokenizer_type".split(), str),
@@ -185,14 +183,18 @@ _TRANSFORMERS = {
     "untie_embeddings_and_output_weights": "tie_word_embeddings",
     "layernorm_zero_centered_gamma": "zero_centered_norm",
     "init_method_std": "initializer_range",
+    "embed_layernorm": "embedding_norm",
+    "gpt_j_residual": "use_parallel_residual",
     "params_dtype": "dtype torch_dtype",
 }
 SUGGESTIONS = {theirs: ours for ours, names in _TRANSFORMERS.items() for theirs in names.split()}
 # How position_embedding_type is written: by Megatron-LM, and by BigScience's enum.
 POSITIONS = {
-    **{name: name for name in ("learned_absolute", "rope", "none")},
+    **{name: name for name in ("learned_absolute", "rope", "alibi", "none")},
     "PositionEmbeddingType.rotary": "rope",
     "PositionEmbeddingType.absolute": "learned_absolute",
+    "PositionEmbeddingType.alibi": "alibi",
+    "<megatron.enums.PositionEmbeddingType(3)>": "alibi",
     "<megatron.enums.PositionEmbeddingType(1)>": "rope",
     "<megatron.enums.PositionEmbeddingType(2)>": "learned_absolute",
 }

@@ -43,6 +43,7 @@ from .dtypes import DType
 from .errors import UnsupportedError, UsageError
 
 _UNTIED = "untie_embeddings_and_output_weights"
+_EMBEDDING_NORM_EPSILON = 1e-5
 OWN = "mtt"
 """The argument under which mtt stores what Megatron has no argument for."""
 
@@ -98,6 +99,8 @@ def architecture_from_args(
         add_bias_linear=biases,
         add_qkv_bias=biases or _or(a, "add_qkv_bias", False),  # an argument since core_v0.5
         qk_layernorm=_or(a, "qk_layernorm", False),
+        embedding_norm=_embedding_norm(a),
+        parallel_residual=a.get("gpt_j_residual") is True,
         untie_embeddings_and_output_weights=_or(a, "untie_embeddings_and_output_weights", False),
         attention_dropout=_or(a, "attention_dropout", 0.1),
         hidden_dropout=_or(a, "hidden_dropout", 0.1),
@@ -205,10 +208,12 @@ def _check_types(a: Arguments, said: Arguments) -> None:
 def _require(a: Arguments) -> None:
     missing = [name for name in NEEDED if a.get(name) is None]
     if missing:
-        raise _missing(missing, "the checkpoint's arguments do not say everything about the model")
+        raise missing_arguments(
+            missing, "the checkpoint's arguments do not say everything about the model"
+        )
 
 
-def _missing(names: Iterable[str], message: str) -> UsageError:
+def missing_arguments(names: Iterable[str], message: str) -> UsageError:
     """The error that asks for arguments, each with an example."""
     examples = {
         "num_layers": "24",
@@ -225,12 +230,16 @@ def _missing(names: Iterable[str], message: str) -> UsageError:
         "group_query_attention": "True",
         "swiglu": "True",
         "bias_gelu_fusion": "True",
+        "gpt_j_residual": "True",
+        "untie_embeddings_and_output_weights": "True",
     }
     notes = {
         "bias_gelu_fusion": "True: GELU by tanh, False: exact GELU; or squared_relu=True",
         "layernorm_zero_centered_gamma": "True if norm weights are stored minus one",
         "position_embedding_type": "rope or none",
         "swiglu": "silu(gate) * up",
+        "untie_embeddings_and_output_weights": "True if there is a head, and its file is missing",
+        "gpt_j_residual": "True if attention and MLP run beside each other",
     }
     names = list(names)
     return UsageError(
@@ -284,10 +293,9 @@ def _position_embedding_type(a: Arguments) -> str:
         return "rope"
     if str(kind) not in POSITIONS:
         raise UnsupportedError(
-            "mtt does not know these positions (ALiBi, relative, YaRN and multimodal ones among "
-            "them)",
+            "mtt does not know these positions (relative, YaRN and multimodal ones among them)",
             found=f"position_embedding_type = {_show(kind)}",
-            expected="learned_absolute, rope or none",
+            expected="learned_absolute, rope, alibi or none",
             fix="if it is one of these under another name, --set position_embedding_type=rope",
         )
     return POSITIONS[str(kind)]
@@ -405,7 +413,9 @@ def _bias_gelu_fusion(a: Arguments) -> bool:
         return False
     # The argument is older than tensor_model_parallel_size (2020-10); before it, nothing was fused.
     if a.get("bias_gelu_fusion") is None and "tensor_model_parallel_size" in a:
-        raise _missing(["bias_gelu_fusion"], "the arguments do not say which GELU the model has")
+        raise missing_arguments(
+            ["bias_gelu_fusion"], "the arguments do not say which GELU the model has"
+        )
     return a.get("bias_gelu_fusion") is True
 
 
@@ -413,7 +423,9 @@ def _query_groups(a: Arguments, heads: int) -> object:
     if "group_query_attention" in a:
         return _or(a, "num_query_groups", heads) if a["group_query_attention"] is True else heads
     if _or(a, "num_query_groups", heads) != heads:  # Megatron stores both or neither
-        raise _missing(["group_query_attention"], "num_query_groups alone may mean nothing")
+        raise missing_arguments(
+            ["group_query_attention"], "num_query_groups alone may mean nothing"
+        )
     return _or(a, "num_key_value_heads", heads)  # Megatron-DeepSpeed; before 2023-06 none
 
 
@@ -443,6 +455,24 @@ def _normalization(a: Arguments) -> str:
             expected="LayerNorm or RMSNorm",
         )
     return known[str(name).lower()]
+
+
+def _embedding_norm(a: Arguments) -> bool:
+    """BigScience's norm after the embedding, which its 8-bit optimizer brings along too.
+
+    (Source: VocabParallelEmbedding in megatron/mpu/layers.py at 8387ae17: the norm is made with
+    its default epsilon, whatever layernorm_epsilon says.)
+    """
+    if a.get("embed_layernorm") is not True and a.get("use_bnb_optimizer") is not True:
+        return False
+    if a["layernorm_epsilon"] != _EMBEDDING_NORM_EPSILON:
+        raise UnsupportedError(
+            "the norm after the embedding has another epsilon than those of the layers",
+            found=f"layernorm_epsilon = {a['layernorm_epsilon']}",
+            expected=f"{_EMBEDDING_NORM_EPSILON}, which the norm after the embedding has",
+            fix=f"--set layernorm_epsilon={_EMBEDDING_NORM_EPSILON} if it is that in all",
+        )
+    return True
 
 
 def _params_dtype(a: Arguments) -> str | None:
@@ -528,7 +558,9 @@ def architecture_from_shapes(
     a = {**seen, "group_query_attention": True, **said}
     missing = [name for name in _unseen(a, sizes.gated) if a.get(name) is None]
     if missing:
-        raise _missing(missing, "the checkpoint has no arguments, and shapes do not say everything")
+        raise missing_arguments(
+            missing, "the checkpoint has no arguments, and shapes do not say everything"
+        )
     if (a.get("swiglu") is True) != sizes.gated:
         raise UsageError(
             "--set swiglu contradicts the tensors",

@@ -1,6 +1,8 @@
-"""Changing a window's element type; the one place of the byte path that needs torch."""
+"""Arithmetic on windows: another element type, sums and means; the one place that needs torch."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from .dtypes import DType
 
@@ -13,3 +15,16 @@ def cast_window(window: memoryview, source: DType, target: DType) -> memoryview:
 
     values = torch.frombuffer(window, dtype=getattr(torch, source.name))
     return values.to(getattr(torch, target.name)).view(torch.uint8).numpy().data
+
+
+def add_windows(windows: Sequence[memoryview], dtype: DType, *, mean: bool) -> memoryview:
+    """The sum or mean of windows, computed in float64 and rounded once."""
+    import torch
+
+    kind = getattr(torch, dtype.name)
+    total = torch.frombuffer(windows[0], dtype=kind).to(torch.float64)
+    for window in windows[1:]:
+        total += torch.frombuffer(window, dtype=kind)
+    if mean:
+        total /= len(windows)
+    return total.to(kind).view(torch.uint8).numpy().data

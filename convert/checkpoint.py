@@ -51,10 +51,13 @@ class RawCheckpoint:
         iteration: training step, or None for a release.
         args: Megatron's arguments by name, or None if the checkpoint has none.
         checkpoint_version: Megatron's stamp, 0 if missing.
+        is_stamped: whether it was there.
         dropped: kind of state -> names of what was left out on purpose.
         evidence: why the reader decided for this format.
         num_files: files that hold model tensors.
         iterations: all iterations in the same root.
+        replicated: what to do about copies that differ, unless the user says (see `replicas.py`).
+        vocab_size: rows that are tokens, where a note beside the arguments says so.
     """
 
     format: str
@@ -64,10 +67,13 @@ class RawCheckpoint:
     iteration: int | None = None
     args: Mapping[str, object] | None = None
     checkpoint_version: float = 3.0
+    is_stamped: bool = True
     dropped: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     evidence: tuple[str, ...] = ()
     num_files: int = 0
     iterations: tuple[int, ...] = ()
+    replicated: str = "error"
+    vocab_size: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,8 +98,10 @@ class Checkpoint:
     Attributes:
         format: `torch`, `torch_dist`, or `hf` for a Hugging Face folder.
         dialect: whose names the files have: a generation of Megatron, or a family.
+        generation: which releases spell names like that; empty for a Hugging Face folder.
         args: Megatron's arguments; of a Hugging Face folder only where its tokenizer is.
         config: `config.json` of a Hugging Face folder, else empty.
+        replicated: what to do about copies that differ, unless the user says (see `replicas.py`).
     """
 
     format: str
@@ -111,6 +119,8 @@ class Checkpoint:
     num_files: int
     iterations: tuple[int, ...]
     config: Mapping[str, object] = field(default_factory=dict)
+    generation: str = ""
+    replicated: str = "error"
 
     @property
     def num_parameters(self) -> int:

@@ -243,6 +243,18 @@ def _add_source_options(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="an entry to leave out that is not part of the model; may be repeated",
     )
+    _add_row_order(parser)
+
+
+def _add_row_order(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--qkv-order",
+        default="auto",
+        choices=("auto", "head", "block", "element"),
+        help="order of the rows of query_key_value on each rank, where the checkpoint is wrong "
+        "about it: head (checkpoint_version 2 and 3), block (0: queries, keys, values) or element "
+        "(1); docs/formats.md says when to suspect that (default: auto)",
+    )
 
 
 def _add_layout_options(parser: argparse.ArgumentParser) -> None:
@@ -372,9 +384,9 @@ def _convert(commands: argparse._SubParsersAction[_Parser]) -> None:
     )
     parser.add_argument(
         "--replicated",
-        default="error",
-        choices=("error", "first"),
-        help="if ranks hold different copies of a parameter (default: error)",
+        choices=("error", "first", "average"),
+        help="if ranks hold different copies of a parameter (default: average for DeepSpeed's "
+        "checkpoints, whose copies drift, else error)",
     )
     parser.add_argument(
         "--workers", type=int, metavar="N", help="threads (default: CPUs, at most 8)"

@@ -28,7 +28,6 @@ USABLE = 0.9
 """Part of a GPU's memory that can be filled; the rest is for CUDA, NCCL and fragmentation."""
 
 _QKV = "self_attention.linear_qkv"
-_POSITIONS = "embedding.position_embeddings.weight"
 _FLOAT32 = 4
 _DISTANCE = 12  # of two tokens: as a whole number and in float32
 
@@ -40,14 +39,10 @@ class Model:
     Attributes:
         architecture: the model.
         dtype: name of the element type of weights, KV cache and activations.
-        embedding_norm: a norm between embedding and first layer, which `Architecture` lacks.
-        alibi: attention scores get a bias of their own size, which it lacks too.
     """
 
     architecture: Architecture
     dtype: str
-    embedding_norm: bool = False
-    alibi: bool = False
 
     @property
     def itemsize(self) -> int:
@@ -163,14 +158,14 @@ def num_local_parameters(model: Model, layout: Layout, stage: Stage) -> int:
     a = model.architecture
     present = {parameter for parameter in PARAMETERS if parameter.when(a)}
     tied = not a.untie_embeddings_and_output_weights
-    total = 2 * a.hidden_size if model.embedding_norm else 0
+    total = 0
     for parameter in present:
         size = _local_size(parameter, a, layout.tp)
         if "{i}" in parameter.name:
             total += size * len(stage.layers)
         elif parameter.name == "embedding.word_embeddings.weight":
             total += size if stage.first or (stage.last and tied) else 0
-        elif parameter.name == _POSITIONS or stage.last:
+        elif parameter.name.startswith("embedding.") or stage.last:
             total += size
     return total
 
@@ -227,7 +222,7 @@ def activation_bytes(
     if a.position_embedding_type == "rope":
         channels += 2 * heads + 2 * groups + 2 * a.kv_channels
     attention = channels * tokens * itemsize
-    if model.alibi:
+    if a.position_embedding_type == "alibi":
         pairs = a.num_attention_heads // tp * sequence_length**2
         copies = batch_size if batch_size > 1 else 0
         attention += pairs * (_FLOAT32 + cast + copies * itemsize)

@@ -199,7 +199,7 @@ def _canonical(
         if embedding in tensors:
             pair = (tensors[embedding], copy)
             where = tuple(
-                f"{name} in {os.path.basename(tensor.pieces[0].path)}"
+                f"{name} in {os.path.basename(tensor.pieces[0].paths[0])}"
                 for name, tensor in zip((embedding, head), pair, strict=True)
             )
             replicas = (Replicas(_HEAD, pair, where, tied=True),)

@@ -163,7 +163,7 @@ def work_of_plan(plan: ConversionPlan, algorithm: str) -> str:
         for tensor in file.tensors:
             facts = (tensor.name, str(tensor.dtype), tensor.offset, tensor.source)
             hasher.update(repr(facts).encode())
-            paths |= {piece.path for piece in tensor.source.pieces}
+            paths |= {path for piece in tensor.source.pieces for path in piece.paths}
     for path in sorted(paths):
         hasher.update(repr(_stamp(path)).encode())
     return str(hasher.hexdigest())

@@ -68,7 +68,8 @@ def from_megatron(
     dtype: str = "auto",
     vocab_padding: str | None = None,
     tokenizer: str | None = None,
-    replicated: str = "error",
+    replicated: str | None = None,
+    qkv_order: str = "auto",
     num_workers: int = 1,
     progress: Progress | None = None,
     **kwargs: Any,
@@ -79,11 +80,10 @@ def from_megatron(
     what its process holds, and gives what `from_pretrained` with a `DistributedConfig` would.
 
     Args:
-        path: see `open_checkpoint`, with `iteration`, `overrides` and `skip_keys`.
+        path: see `open_checkpoint`, with `iteration`, `overrides`, `skip_keys` and `qkv_order`.
         tp_size, pp_size: processes that share every layer, and stages that layers are dealt to.
         dtype, vocab_padding, tokenizer: see `plan_conversion`.
-        replicated: `error` if ranks hold different copies of a parameter, or take the `first`
-            rank's and log a warning.
+        replicated: see `convert`; what it warns of is logged.
         num_workers: threads that read.
         progress: called with (bytes done, bytes in all).
         kwargs: fields of `MTTConfig` to replace, or `attn_implementation`.
@@ -104,14 +104,15 @@ def from_megatron(
         raise TypeError(f"from_megatron() got unexpected keywords: {', '.join(unknown)}")
     if num_workers < 1:
         raise UsageError("no workers", found=str(num_workers), expected="at least 1")
-    if replicated not in replicas.POLICIES:
-        raise UsageError(
-            f"unknown way to treat replicated tensors {replicated!r}",
-            expected=" or ".join(replicas.POLICIES),
-        )
+    replicas.check_choice(replicated)
     checkpoint = open_checkpoint(
-        path, iteration=iteration, overrides=overrides, skip_keys=skip_keys
+        path,
+        iteration=iteration,
+        overrides=overrides,
+        skip_keys=skip_keys,
+        qkv_order=qkv_order,
     )
+    checkpoint, policy = replicas.settle(checkpoint, replicated)
     conversion = plan_conversion(
         checkpoint, dtype=dtype, vocab_padding=vocab_padding, tokenizer=tokenizer
     )
@@ -122,7 +123,7 @@ def from_megatron(
     layout = DistributedConfig(tp_size=tp_size, pp_size=pp_size) if distributed else None
     _, device, mesh = MTTForCausalLM.prepare_distribute_model(layout)
     compare = compare_together if distributed else replicas.compare
-    for warning in compare(conversion.plan.replicas, replicated):
+    for warning in compare(conversion.plan.replicas, policy):
         _LOGGER.warning(warning)
     with init_empty_weights(include_buffers=False):
         model = MTTForCausalLM(config)

@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import cast
 
 from .architecture import Architecture
 from .boxes import Ints
@@ -24,6 +25,7 @@ from .ops import Op, Same
 from .tensors import LazyTensor
 
 _PLACEHOLDERS = {"i": r"(?P<i>0|[1-9][0-9]{0,6})", "p": r"(?P<p>weight|bias)"}
+_NOT_NEEDED = cast(Architecture, None)
 _ALTERNATIVES = re.compile(r"\{([^{}]*,[^{}]*)\}")
 
 
@@ -111,6 +113,19 @@ class RuleTable:
         _refuse("tensors that stand alone where a group is needed", partial)
         _refuse("tensors that several sources would become", collisions)
         return tuple(matches.values())
+
+    def rename(self, tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
+        """`apply`, for a table whose ops need no architecture.
+
+        Raises:
+            MappingError: see `resolve`.
+        """
+        result: dict[str, LazyTensor] = {}
+        for match in self.resolve(tensors):
+            sources = tuple(tensors[name] for name in match.sources)
+            parts = match.rule.op.apply(sources, _NOT_NEEDED)
+            result.update(zip(match.targets, parts, strict=True))
+        return result
 
     def apply(
         self, tensors: Mapping[str, LazyTensor], architecture: Architecture

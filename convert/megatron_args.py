@@ -66,9 +66,11 @@ def model_arguments(a: Architecture) -> dict[str, object]:
     Raises:
         UnsupportedError: the model computes something that they cannot say.
     """
-    gelu_tanh = a.activation == "gelu_tanh"
+    gelu_tanh, kind = a.activation == "gelu_tanh", a.position_embedding_type
     arguments: dict[str, object] = {
         **{name: getattr(a, name) for name in _SAME},
+        # Megatron-Core has no ALiBi: `_check` will say so.
+        "position_embedding_type": "none" if kind == "alibi" else kind,
         "norm_epsilon": a.layernorm_epsilon,
         "apply_layernorm_1p": a.layernorm_zero_centered_gamma,
         "add_position_embedding": True,

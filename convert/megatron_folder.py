@@ -26,7 +26,7 @@ from .conversion import (
     stored_tokens,
     true_vocabulary,
 )
-from .dialects import WRITABLE
+from .dialects import CORE, WRITABLE
 from .dialects.modules import Modules
 from .documents import special_tokens
 from .dtypes import DTYPES
@@ -196,7 +196,7 @@ def _chunks_of(layout: str, pp: int, vpp: int | None) -> int:
 
 def _source_impl(checkpoint: Checkpoint) -> str:
     named = checkpoint.args.get("transformer_impl")
-    known = isinstance(named, str) and named in WRITABLE and checkpoint.dialect != "legacy"
+    known = isinstance(named, str) and named in WRITABLE and checkpoint.dialect in CORE
     return str(named) if known else "transformer_engine"
 
 

@@ -175,6 +175,36 @@ class MergeGated:
 
 
 @dataclass(frozen=True)
+class JoinKeyValue:
+    """Megatron-DeepSpeed's `query` and `key_value` -> their rows one after another."""
+
+    @property
+    def inverse(self) -> Op:
+        """Take apart again."""
+        return PartKeyValue()
+
+    def apply(self, tensors: Tensors, architecture: Architecture) -> Tensors:
+        """[g * r * d, ...], [g * 2 * d, ...] -> [g * (r + 2) * d, ...]; a rank's part alike."""
+        return (concat(tensors),)
+
+
+@dataclass(frozen=True)
+class PartKeyValue:
+    """Rows of queries, then of keys and values -> two tensors."""
+
+    @property
+    def inverse(self) -> Op:
+        """Join again."""
+        return JoinKeyValue()
+
+    def apply(self, tensors: Tensors, architecture: Architecture) -> Tensors:
+        """[g * (r + 2) * d, ...] -> [g * r * d, ...], [g * 2 * d, ...]."""
+        groups, per_group, channels = _qkv(architecture)
+        size = groups * per_group * channels
+        return (tensors[0].narrow(0, 0, size), tensors[0].narrow(0, size, 2 * groups * channels))
+
+
+@dataclass(frozen=True)
 class TrimVocab:
     """Drop the rows that only pad the vocabulary, where the true size is known."""
 

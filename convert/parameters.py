@@ -63,6 +63,12 @@ PARAMETERS = (
         lambda a: (a.max_position_embeddings, a.hidden_size),
         when=lambda a: a.has_position_table,
     ),
+    Parameter("embedding.norm.weight", lambda a: (a.hidden_size,), when=lambda a: a.embedding_norm),
+    Parameter(
+        "embedding.norm.bias",
+        lambda a: (a.hidden_size,),
+        when=lambda a: a.embedding_norm and a.has_norm_bias,
+    ),
     Parameter(f"{_ATTENTION}.linear_qkv.layer_norm_weight", lambda a: (a.hidden_size,)),
     Parameter(
         f"{_ATTENTION}.linear_qkv.layer_norm_bias", lambda a: (a.hidden_size,), when=_norm_bias

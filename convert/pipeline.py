@@ -2,8 +2,8 @@
 
     formats.find        which format is it, which folder           bytes on disk
     reader.open_folder  shards, names as in the files              -> RawCheckpoint
-    dialects.detect     canonical names
-    topology            layer numbers, joins                       -> Checkpoint
+    dialects            canonical names, and which generation has the files' own
+    topology, row_order     layer numbers, order of rows, joins        -> Checkpoint
     hf_source           all of this for a Hugging Face folder      -> Checkpoint
     hf_folder           names and re-layouts of a family, files    -> Conversion, with its plan
     megatron_folder     ranks' parts, arguments, files             -> or this one
@@ -27,6 +27,7 @@ from . import (
     megatron_folder,
     parameters,
     replicas,
+    row_order,
     sources,
     topology,
 )
@@ -37,12 +38,12 @@ from .arguments import (
     low_precision,
     unknown_arguments,
 )
-from .checkpoint import Checkpoint, RawCheckpoint, Shard
+from .checkpoint import Checkpoint, RawCheckpoint
 from .conversion import Conversion
 from .documents import (
     source_facts,
 )
-from .errors import InconsistentError, UnsupportedError, UsageError
+from .errors import InconsistentError, UsageError
 from .execute import Progress, run
 from .formats import epfl
 from .hub import is_hub, parse_place
@@ -58,6 +59,7 @@ def open_checkpoint(
     iteration: int | None = None,
     overrides: Mapping[str, object] | None = None,
     skip_keys: Iterable[str] = (),
+    qkv_order: str = row_order.AUTO,
 ) -> Checkpoint:
     """Open a checkpoint: its metadata under canonical names, no tensor bytes.
 
@@ -67,6 +69,8 @@ def open_checkpoint(
         iteration: which one; None follows the tracker file.
         overrides: Megatron arguments that replace or complete those in the checkpoint.
         skip_keys: entries that are not part of the model and may be left out.
+        qkv_order: the order of the rows of query_key_value on each rank, where the checkpoint is
+            wrong about it: `head`, `block` or `element` (see `row_order.py`); `auto` believes it.
 
     Raises:
         SourceError: it cannot be used; the subclass and message say why.
@@ -74,7 +78,14 @@ def open_checkpoint(
         UsageError: something only the user knows is missing.
     """
     path = sources.begin(os.fspath(path))
+    row_order.check_choice(qkv_order)
     if hf_source.is_hf_folder(path):
+        if qkv_order != row_order.AUTO:
+            raise UsageError(
+                "an order of rows is only for a Megatron source",
+                found=f"{path}, a Hugging Face folder",
+                fix="leave out --qkv-order",
+            )
         return hf_source.open_hf_folder(
             path, iteration=iteration, overrides=overrides, skip_keys=skip_keys
         )
@@ -82,48 +93,62 @@ def open_checkpoint(
     raw = reader.open_folder(place, frozenset(skip_keys))
     if epfl.is_epfl(raw):
         raw = epfl.in_core_words(raw)
-    dialect, shards = _canonical_names(raw)
+    names = {name for shard in raw.shards for name in shard.tensors}
+    dialect = dialects.detect(names)
+    shards = dialects.canonical(dialect, raw.shards)
     tp = 1 + max(shard.tp for shard in shards)
     held = topology.holders(topology.number_layers(shards))
     shapes = topology.joined_shapes(held, tp)
-    architecture = _architecture(raw, shapes, overrides or {}, legacy=dialect == "legacy")
-    tensors, copies = topology.join(held, tp, architecture)
+    notes: tuple[str, ...] = ()
+    if dialect.arguments and raw.args is not None:
+        args, notes = dialect.arguments(raw.args, shapes, overrides or {})
+        shards = [replace(shard, args=None) for shard in raw.shards]
+        raw = replace(raw, args=args, shards=tuple(shards))
+    architecture = _architecture(raw, shapes, overrides or {}, legacy=not dialect.is_core)
+    order, reason = _row_order(raw, dialect, names, architecture, qkv_order)
+    held = row_order.in_head_order(held, order, architecture, raw.layout.tp, tp)
+    if dialect.has_up_first(names):
+        held = row_order.gate_first(held, architecture, raw.layout.tp, tp)
+    tensors, copies = topology.join(held, tp, architecture, dialect.summed)
     parameters.check_complete({n: t.shape for n, t in tensors.items()}, architecture)
     tied = topology.TIED_HEAD in held and topology.TIED_HEAD not in tensors
     dropped = dict(raw.dropped) | ({"tied copy": (topology.TIED_HEAD,)} if tied else {})
+    generation, shown = dialect.generation(names)
     return Checkpoint(
         format=raw.format,
         folder=raw.folder,
         layout=raw.layout,
-        dialect=dialect,
+        dialect=dialect.name,
+        generation=generation,
         architecture=architecture,
         tensors={name: tensors[name] for name in parameters.expected(architecture)},
         iteration=raw.iteration,
         args=raw.args or {},
         replicas=copies,
         dropped=dropped,
-        warnings=(*_unknown_arguments(raw), *low_precision(raw.args or {})),
-        evidence=(*raw.evidence, f"parameter names are those of {dialect}"),
+        warnings=(*notes, *_unknown_arguments(raw), *low_precision(raw.args or {})),
+        evidence=(*raw.evidence, f"names like {shown}", reason),
         num_files=raw.num_files,
         iterations=raw.iterations,
+        replicated=raw.replicated,
     )
 
 
-def _canonical_names(raw: RawCheckpoint) -> tuple[str, list[Shard]]:
-    names = {name for shard in raw.shards for name in shard.tensors}
-    dialect, table = dialects.detect(names)
-    if dialect == "legacy" and raw.checkpoint_version < 2.0:
-        raise UnsupportedError(
-            "the rows of query_key_value are in an order mtt cannot read yet",
-            found=f"checkpoint_version {raw.checkpoint_version:g}",
-            expected="2.0 or newer",
-            fix="load and save it once with Megatron-LM v2.5 or newer",
-        )
-    renamed = {match.sources[0]: match.targets[0] for match in table.resolve(names)}
-    return dialect, [
-        replace(shard, tensors={renamed[name]: t for name, t in shard.tensors.items()})
-        for shard in raw.shards
-    ]
+def _row_order(
+    raw: RawCheckpoint,
+    dialect: dialects.Dialect,
+    names: Iterable[str],
+    architecture: Architecture,
+    choice: str,
+) -> tuple[str, str]:
+    """The order of the rows of query_key_value on a rank, and why it is taken to be that."""
+    if choice != row_order.AUTO:
+        return choice, f"rows of query_key_value by {choice}, as asked for"
+    grouped = architecture.num_query_groups != architecture.num_attention_heads
+    order, reason = dialect.qkv_order(
+        names, raw.args or {}, raw.checkpoint_version, is_stamped=raw.is_stamped, grouped=grouped
+    )
+    return order, f"{reason}: rows of query_key_value by {order}"
 
 
 def _architecture(
@@ -133,9 +158,11 @@ def _architecture(
     *,
     legacy: bool,
 ) -> Architecture:
+    rows = shapes.get("embedding.word_embeddings.weight", (0,))[0]
+    if raw.vocab_size is not None and raw.vocab_size <= rows:
+        overrides = {"vocab_size": raw.vocab_size, **overrides}
     if raw.args is None:
         return architecture_from_shapes(shapes, overrides)
-    rows = shapes.get("embedding.word_embeddings.weight", (0,))[0]
     if rows and not isinstance(raw.args.get("padded_vocab_size"), int):
         overrides = {"padded_vocab_size": rows, **overrides}
     first = architecture_from_args(raw.args, overrides=overrides, legacy=legacy)
@@ -215,7 +242,8 @@ def convert(
     max_shard_size: str = "5GB",
     vocab_padding: str | None = None,
     tokenizer: str | None = None,
-    replicated: str = "error",
+    replicated: str | None = None,
+    qkv_order: str = row_order.AUTO,
     num_workers: int = 1,
     overwrite: bool = False,
     keep_same: bool = False,
@@ -233,13 +261,14 @@ def convert(
     what would be written.
 
     Args:
-        source: see `open_checkpoint`, with `iteration`, `overrides` and `skip_keys`.
+        source: see `open_checkpoint`, with `iteration`, `overrides`, `skip_keys` and `qkv_order`.
         target: an empty or new folder, or `hf://owner/repo[@branch]`.
         to: `hf`, `torch` or `torch_dist`.
         model_type: see `hf_folder.plan_conversion`; only for `hf`.
         dtype, max_shard_size, vocab_padding, tokenizer: see `plan_conversion` of `hf_folder` and
             `megatron_folder`.
-        replicated: `error` if ranks hold different copies of a parameter, or take the `first`.
+        replicated: `error` if ranks hold different copies of a parameter, or take the `first` or
+            the `average`; None: `average` for DeepSpeed's checkpoints, else `error`.
         num_workers: threads; each holds about 2 MB. A target on the Hub has one that converts.
         overwrite: replace an earlier conversion in `target`.
         keep_same: leave a folder alone that holds exactly what would be written.
@@ -255,15 +284,20 @@ def convert(
     """
     source, target = os.fspath(source), os.fspath(target)
     _check_choice("target format", to, FORMATS)
-    _check_choice("way to treat replicated tensors", replicated, replicas.POLICIES)
+    replicas.check_choice(replicated)
     _check_choice("hash", hash_name, tuple(ALGORITHMS))
     if num_workers < 1:
         raise UsageError("no workers", found=str(num_workers), expected="at least 1")
     upload = {"resume": resume, "private": private, "create_pr": create_pr}
     check_target(source, target, upload)
     checkpoint = open_checkpoint(
-        source, iteration=iteration, overrides=overrides, skip_keys=skip_keys
+        source,
+        iteration=iteration,
+        overrides=overrides,
+        skip_keys=skip_keys,
+        qkv_order=qkv_order,
     )
+    checkpoint, policy = replicas.settle(checkpoint, replicated)
     conversion = plan_conversion(
         checkpoint,
         to=to,
@@ -286,7 +320,7 @@ def convert(
     else:
         sink = FolderSink(target, plan, facts, algorithm, overwrite, keep_same)
     with sink:
-        differences = replicas.compare(sink.pending.replicas, replicated)
+        differences = replicas.compare(sink.pending.replicas, policy)
         run(
             sink.pending,
             sink,

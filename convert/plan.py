@@ -133,7 +133,11 @@ def render(plan: ConversionPlan, folder: str) -> str:
         for tensor in file.tensors:
             cast = "" if tensor.dtype == tensor.source.dtype else f" from {tensor.source.dtype}"
             paths = sorted(
-                {sources.relative(p.path, folder) for p in tensor.source.pieces if p.path}
+                {
+                    sources.relative(path, folder)
+                    for piece in tensor.source.pieces
+                    for path in piece.paths
+                }
             )
             more = f" and {len(paths) - _MOST_SOURCES} more" if len(paths) > _MOST_SOURCES else ""
             shape = " x ".join(map(str, tensor.source.shape))

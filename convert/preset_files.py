@@ -30,12 +30,12 @@ _PAD_TO = 128
 
 def preset_config(preset: Preset) -> dict[str, object]:
     """The fields of `config.json` that describe the model."""
-    return {**FAMILIES["mtt"].config(preset.architecture), **preset.config_extra}
+    return FAMILIES["mtt"].config(preset.architecture)
 
 
 def num_parameters(preset: Preset) -> int:
     """Parameters of the model, the tied head counted once."""
-    total = 2 * preset.hidden_size if preset.bloom else 0
+    total = 0
     for shape in expected(preset.architecture).values():
         size = 1
         for length in shape:

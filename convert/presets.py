@@ -87,7 +87,7 @@ class Preset:
 
     @property
     def architecture(self) -> Architecture:
-        """What the model computes; of BLOOM, without its positions and its embedding's norm."""
+        """What the model computes."""
         dropout = 0.0 if self.bloom else 0.1
         return Architecture(
             num_layers=self.num_layers,
@@ -99,7 +99,8 @@ class Preset:
             padded_vocab_size=self.vocab_size,
             vocab_size=self.vocab_size,
             max_position_embeddings=self.seq_length,
-            position_embedding_type="none" if self.bloom else "learned_absolute",
+            position_embedding_type="alibi" if self.bloom else "learned_absolute",
+            embedding_norm=self.bloom,
             layernorm_epsilon=1e-5,
             activation="gelu_tanh",
             add_qkv_bias=True,
@@ -108,11 +109,6 @@ class Preset:
             init_method_std=self.init_method_std,
             params_dtype=self.dtype,
         )
-
-    @property
-    def config_extra(self) -> Mapping[str, object]:
-        """Fields of `config.json` that an `Architecture` does not have."""
-        return {"position_embedding_type": "alibi", "embedding_norm": True} if self.bloom else {}
 
 
 def find_preset(name: str) -> Preset:

@@ -14,10 +14,11 @@ from types import TracebackType
 import numpy as np
 
 from .boxes import Box, intersect, row_major, windows
+from .casting import add_windows
 from .dtypes import DType
 from .errors import CorruptError, SourceError
 from .sources import File, open_file
-from .tensors import LazyTensor, Piece
+from .tensors import MEAN, SUM, SUM_OF_PARTS, Combined, LazyTensor, Piece
 
 WINDOW_BYTES = 1 << 20
 _TRANSPOSED_WINDOW_BYTES = 32 << 20
@@ -49,13 +50,16 @@ class FileReader:
         while self._files:
             self._files.popitem()[1].close()
 
-    def read_into(self, path: str, offset: int, out: memoryview) -> None:
-        """Fill `out` from a file.
+    def read_into(self, path: str | Combined, offset: int, out: memoryview) -> None:
+        """Fill `out` from a file, or from the elements of several tensors.
 
         Raises:
             CorruptError: the file ends before.
             SourceError: it cannot be read.
         """
+        if isinstance(path, Combined):
+            self.num_bytes += _combine(path, offset, out)
+            return
         position = 0
         try:
             file = self._open(path)
@@ -87,6 +91,31 @@ class FileReader:
             self._files.popitem(last=False)[1].close()
         self._files[path] = open_file(path)
         return self._files[path]
+
+
+def _combine(source: Combined, offset: int, out: memoryview) -> int:
+    """Fill `out` with elements of a sum or mean; returns the bytes that were read for it."""
+    dtype = source.tensors[0].dtype
+    start, count = offset // dtype.itemsize, len(out) // dtype.itemsize
+    flat = [tensor.flatten(0, len(tensor.shape)) for tensor in source.tensors]
+    with FileReader() as reader:  # another may be in use for what `out` is a part of
+        parts = [_whole(tensor.narrow(0, start, count), reader) for tensor in flat]
+        is_copy = all(part == parts[0] for part in parts)
+        if is_copy and source.how == SUM_OF_PARTS:
+            is_copy = len({bytes(_whole(tensor, reader)) for tensor in flat}) == 1
+        if is_copy and source.how != SUM:
+            out[:] = parts[0]
+        else:
+            out[:] = add_windows(parts, dtype, mean=source.how == MEAN)
+        return reader.num_bytes
+
+
+def _whole(tensor: LazyTensor, reader: FileReader) -> memoryview:
+    """All bytes of a small tensor."""
+    whole = bytearray()
+    for window in stream(tensor, reader):
+        whole += window
+    return memoryview(whole)
 
 
 def window_size(*tensors: LazyTensor) -> int:
@@ -160,7 +189,7 @@ def _merged(shape: tuple[int, ...], source: tuple[int, ...], target: tuple[int, 
 
 def _gather(
     reader: FileReader,
-    path: str,
+    path: str | Combined,
     offset: int,
     dims: Dims,
     out: np.ndarray,

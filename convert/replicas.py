@@ -1,16 +1,51 @@
-"""Copies of one parameter on several ranks: they must be equal before anything is written."""
+"""Copies of one parameter on several ranks: compared before anything is written.
+
+error      copies must be equal
+first      the first rank's is taken, with a warning where others differ
+average    their mean is taken, with the same warning; equal copies stay what they are
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
-from .checkpoint import Replicas
-from .errors import InconsistentError
+from .checkpoint import Checkpoint, Replicas
+from .errors import InconsistentError, UsageError
 from .mapping import shorten
 from .reading import FileReader, stream, window_size
-from .tensors import LazyTensor
+from .tensors import MEAN, LazyTensor, combined
 
-POLICIES = ("error", "first")
+ERROR, FIRST, AVERAGE = POLICIES = ("error", "first", "average")
+
+
+def check_choice(policy: str | None) -> None:
+    """Raise UsageError for a policy that is none; None is the checkpoint's own."""
+    if policy not in (None, *POLICIES):
+        raise UsageError(
+            f"unknown way to treat replicated tensors {policy!r}", expected=" or ".join(POLICIES)
+        )
+
+
+def settle(checkpoint: Checkpoint, policy: str | None) -> tuple[Checkpoint, str]:
+    """The checkpoint with what a policy takes for each copied parameter, and the policy.
+
+    Nothing is read: a mean is computed when it is written.
+
+    Args:
+        checkpoint: an open checkpoint.
+        policy: one of `POLICIES`; None for the one that suits where the checkpoint is from.
+    """
+    policy = policy or checkpoint.replicated
+    if policy != AVERAGE:
+        return checkpoint, policy
+    means = {
+        group.name: combined(group.tensors, MEAN)
+        for group in checkpoint.replicas
+        if not group.tied and group.name in checkpoint.tensors
+    }
+    tensors = {name: means.get(name, tensor) for name, tensor in checkpoint.tensors.items()}
+    return replace(checkpoint, tensors=tensors), policy
 
 
 def compare(replicas: Sequence[Replicas], policy: str) -> tuple[str, ...]:
@@ -18,10 +53,10 @@ def compare(replicas: Sequence[Replicas], policy: str) -> tuple[str, ...]:
 
     Args:
         replicas: groups of copies.
-        policy: `error`, or `first` to take the first rank's copy and warn.
+        policy: one of `POLICIES`.
 
     Returns:
-        Warnings: which parameters differ, under `first`.
+        Warnings: which parameters differ, unless that is an error.
 
     Raises:
         InconsistentError: copies differ under `error`, or a head that should be tied is not.
@@ -32,13 +67,14 @@ def compare(replicas: Sequence[Replicas], policy: str) -> tuple[str, ...]:
             where = _first_difference(group, reader, other)
             if where is None:
                 continue
-            if group.tied or policy == "error":
+            if group.tied or policy == ERROR:
                 raise _refusal(group, where)
             differing.append(group.name)
     if not differing:
         return ()
     count = f"{len(differing)} parameters differ" if differing[1:] else "1 parameter differs"
-    return (f"{count} between ranks, the first rank's copy was taken: {shorten(differing)}",)
+    taken = "the mean" if policy == AVERAGE else "the first rank's copy"
+    return (f"{count} between ranks, {taken} was taken: {shorten(differing)}",)
 
 
 def _first_difference(group: Replicas, reader: FileReader, other: FileReader) -> str | None:
@@ -70,5 +106,5 @@ def _refusal(group: Replicas, where: str) -> InconsistentError:
         f"copies of {group.name} differ; nothing was written",
         found=f"one value in {group.where[0]}, another in {where}",
         expected="equal bytes on all ranks",
-        fix="use files of one save, or --replicated first to take the first rank's",
+        fix="use files of one save, or --replicated first to take the first rank's, or average",
     )

@@ -29,16 +29,24 @@ class Piece:
     Attributes:
         start: first index of the block in the tensor.
         shape: size of the block.
-        path: the file; empty for a block of zeros, which stands in no file.
+        path: the file; empty for a block of zeros, which stands in no file; or tensors whose sum
+            or mean is read like a file of its elements.
         offset: byte position of the block's first element in that file.
         strides: distance, in elements, between neighbours along each axis in the file.
     """
 
     start: Ints
     shape: Ints
-    path: str
+    path: str | Combined
     offset: int
     strides: Ints
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The files its elements come from."""
+        if isinstance(self.path, Combined):
+            return tuple(p for t in self.path.tensors for piece in t.pieces for p in piece.paths)
+        return (self.path,) if self.path else ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +64,12 @@ class LazyTensor:
 
     @classmethod
     def in_file(
-        cls, dtype: DType, shape: Ints, path: str, offset: int, strides: Ints | None = None
+        cls,
+        dtype: DType,
+        shape: Ints,
+        path: str | Combined,
+        offset: int,
+        strides: Ints | None = None,
     ) -> LazyTensor:
         """A tensor that is one strided block of one file (row-major if `strides` is None)."""
         strides = row_major(shape) if strides is None else strides
@@ -198,6 +211,28 @@ class LazyTensor:
                 )
         shape = _put(self.shape, axis, self.shape[axis] * inner, width=2)
         return replace(self, shape=shape, pieces=tuple(pieces)).flatten(axis, count - 1)
+
+
+MEAN, SUM, SUM_OF_PARTS = "mean", "sum", "sum_of_parts"
+
+
+@dataclass(frozen=True, slots=True)
+class Combined:
+    """Tensors of one dtype and shape, and what is computed of them, element by element.
+
+    The one exception to copying bytes, for the few parameters that ranks hold parts of to be
+    added (GPT-NeoX), or copies that drifted apart. `how` is `mean`; `sum`; or `sum_of_parts`,
+    where tensors that are all equal are copies of one and are not added.
+    """
+
+    tensors: tuple[LazyTensor, ...]
+    how: str
+
+
+def combined(tensors: Sequence[LazyTensor], how: str) -> LazyTensor:
+    """The sum or mean of tensors of at least one axis, still unread."""
+    first = tensors[0]
+    return LazyTensor.in_file(first.dtype, first.shape, Combined(tuple(tensors), how), 0)
 
 
 def concat(tensors: Sequence[LazyTensor], axis: int = 0) -> LazyTensor:

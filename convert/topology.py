@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from .architecture import Architecture
@@ -23,7 +23,7 @@ from .errors import CorruptError, IncompleteError, InconsistentError, MappingErr
 from .layouts import Stage
 from .mapping import shorten
 from .parameters import Parameter, find
-from .tensors import LazyTensor, concat
+from .tensors import SUM, SUM_OF_PARTS, LazyTensor, combined, concat
 
 _LAYER = re.compile(r"(?<=^decoder\.layers\.)(\d+)(?=\.)")
 EMBEDDING, TIED_HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
@@ -100,11 +100,14 @@ def joined_shapes(held: Held, tp: int) -> dict[str, Ints]:
 
 
 def join(
-    held: Held, tp: int, architecture: Architecture
+    held: Held, tp: int, architecture: Architecture, summed: Collection[str] = ()
 ) -> tuple[dict[str, LazyTensor], tuple[Replicas, ...]]:
     """Whole tensors, and the copies that must be equal.
 
     A tied output layer is a copy of the embedding on the last stage: it is compared, not kept.
+    Of parameters in `summed` (canonical names with `{i}`) ranks hold parts that are added; where
+    attention and MLP do not run beside each other, only if they are not all equal (see the
+    dialect of GPT-NeoX).
 
     Raises:
         IncompleteError: a rank's part is missing.
@@ -116,7 +119,10 @@ def join(
         parameter = _parameter(name)
         blocks = parameter.blocks(architecture)
         tensors[name] = _join(name, first, parameter.split, blocks)
-        if parameter.split is None:
+        if parameter.name in summed and len(first) > 1:
+            how = SUM if architecture.parallel_residual else SUM_OF_PARTS
+            tensors[name] = combined([shard.tensors[name] for shard in first], how)
+        elif parameter.split is None:
             copies = [first, *copies]
             same = [shard.tensors[name] for group in copies for shard in group]
             where = [shard.where for group in copies for shard in group]

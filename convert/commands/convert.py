@@ -17,6 +17,7 @@ from ..iterations import convert_iteration, list_iterations
 from ..pipeline import Result, check_target, convert, open_checkpoint, plan_conversion
 from ..plan import render
 from ..reading import window_size
+from ..replicas import settle
 from .console import (
     dropped_text,
     print_json,
@@ -48,9 +49,10 @@ def run(args: argparse.Namespace) -> int:
         "iteration": args.iteration,
         "overrides": overrides(args),
         "skip_keys": args.skip_key,
+        "qkv_order": args.qkv_order,
     }
     if args.dry_run:
-        checkpoint = open_checkpoint(args.source, **source)
+        checkpoint, _ = settle(open_checkpoint(args.source, **source), args.replicated)
         _print_plan(args, plan_conversion(checkpoint, **choices), workers, start)
         return 0
     choices |= {

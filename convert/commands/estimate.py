@@ -132,21 +132,17 @@ def _from_config(config: Mapping[str, object], path: str, dtype: str) -> Model:
     """The model a `config.json` describes, whether or not mtt could convert it."""
     family = family_of(config, path)
     fields = dict(config)
-    alibi = embedding_norm = False
     if family is FAMILIES["mtt"]:
         if fields.get("shared_layernorm"):
             raise UnsupportedError(
                 "mtt does not know the size of this model", found="shared_layernorm = True"
             )
-        embedding_norm = fields.get("embedding_norm") is True
-        alibi = fields.get("position_embedding_type") == "alibi"
         # What is left out has no parameters and takes no memory.
         fields = {name: value for name, value in fields.items() if name not in family.neutral}
-        fields |= {"position_embedding_type": "none"} if alibi else {}
     architecture = family.architecture(fields)
     if dtype == "auto":
         dtype = architecture.params_dtype or _DEFAULT_DTYPE
-    return Model(architecture, dtype, embedding_norm, alibi)
+    return Model(architecture, dtype)
 
 
 def _length(args: argparse.Namespace, a: Architecture) -> int:
@@ -284,5 +280,6 @@ def _commands(
             f"--rdzv-backend c10d --rdzv-endpoint HOST:29500 --rdzv-id 1 -m mtt_convert {generate}"
         }
         vllm += " --distributed-executor-backend ray"
-    commands["vLLM"] = "vLLM's attention takes no ALiBi" if model.alibi else vllm
+    alibi = model.architecture.position_embedding_type == "alibi"
+    commands["vLLM"] = "vLLM's attention takes no ALiBi" if alibi else vllm
     return commands

@@ -97,6 +97,7 @@ def _check(args: argparse.Namespace) -> None:
         "--set": args.set,
         "--config": args.config is not None,
         "--skip-key": args.skip_key,
+        "--qkv-order": args.qkv_order != "auto",
     }
     given = [name for name, value in choices.items() if value]
     if given and _is_converted(args.source):
@@ -205,6 +206,7 @@ def _tokenizer_files(args: argparse.Namespace) -> Tokenizer:
             iteration=args.iteration,
             overrides=overrides(args),
             skip_keys=args.skip_key,
+            qkv_order=args.qkv_order,
         )
         files = plan_conversion(checkpoint).tokenizer
     if not files.files:
@@ -234,6 +236,7 @@ def _model(args: argparse.Namespace) -> PreTrainedModel:
             iteration=args.iteration,
             overrides=overrides(args),
             skip_keys=args.skip_key,
+            qkv_order=args.qkv_order,
             dtype=args.dtype,
             tokenizer=args.tokenizer,
             progress=progress,

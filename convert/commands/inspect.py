@@ -23,6 +23,7 @@ def run(args: argparse.Namespace) -> int:
         iteration=args.iteration,
         overrides=overrides(args),
         skip_keys=args.skip_key,
+        qkv_order=args.qkv_order,
     )
     if args.json:
         print_json("inspect", "ok", start, _facts(checkpoint))
@@ -37,6 +38,7 @@ def _facts(checkpoint: Checkpoint) -> dict[str, object]:
         "source": checkpoint.folder,
         "format": checkpoint.format,
         "dialect": checkpoint.dialect,
+        "generation": checkpoint.generation,
         "evidence": list(checkpoint.evidence),
         "iteration": checkpoint.iteration,
         "iterations": list(checkpoint.iterations),
@@ -64,7 +66,10 @@ def _print(checkpoint: Checkpoint) -> None:
     say(checkpoint.folder)
     print_table(
         (
-            ("format", f"{checkpoint.format} ({'; '.join(checkpoint.evidence)})"),
+            ("format", checkpoint.format),
+            ("dialect", checkpoint.dialect),
+            ("generation", checkpoint.generation),
+            ("evidence", "; ".join(checkpoint.evidence)),
             ("iteration", iteration),
             ("also here", ", ".join(map(str, others))),
             ("layout", None if checkpoint.config else checkpoint.layout),

@@ -1,32 +1,45 @@
 """How generations of Megatron spell parameter names: one table each, read in both directions.
 
-A new generation is one new file with a `RULES` table, and one line in `DIALECTS`.
+A new generation is one new file with a `DIALECT`, and one entry in `DIALECTS`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
+from ..checkpoint import Shard
 from ..errors import UnsupportedError
-from ..mapping import RuleTable, shorten
-from . import core_local, core_te, legacy
+from ..mapping import shorten
+from . import core_local, core_te, deepspeed, gpt_neox, legacy
+from .dialect import Dialect as Dialect
 
 _NOT_YET = (
     (r"encoder\.layers\..*|.*\.(inter|cross)_attention\..*", "an encoder, as in T5"),
-    (r"language_model\.(pooler|embedding\.tokentype_embeddings)\..*", "BERT"),
-    (r".*\.mlp\.(experts|local_experts|router)\..*", "a mixture of experts"),
+    (
+        r"language_model\.(pooler|embedding\.tokentype_embeddings)\..*"
+        r"|lm_head\.(dense|norm|layernorm)\..*|binary_head\..*",
+        "BERT",
+    ),
+    (r".*\.mlp\.(experts|local_experts|router|deepspeed_moe)\..*", "a mixture of experts"),
     (r"mtp\..*", "multi-token prediction"),
     (r".*\.mixer\..*", "Mamba layers"),
     (r".*\.self_attention\.linear_(q|kv)_.*", "multi-latent attention"),
-    (r"language_model\.transformer\..*", "Megatron-LM before v2.1"),
 )
-DIALECTS = {"core_te": core_te.RULES, "core_local": core_local.RULES, "legacy": legacy.RULES}
+DIALECTS: tuple[Dialect, ...] = (
+    core_te.DIALECT,
+    core_local.DIALECT,
+    legacy.DIALECT,
+    deepspeed.DIALECT,
+    gpt_neox.DIALECT,
+)
+CORE = (core_te.DIALECT.name, core_local.DIALECT.name)
 # Megatron-Core's `transformer_impl` -> the dialect that is written for it.
 WRITABLE = {"transformer_engine": core_te, "local": core_local}
 
 
-def detect(names: Iterable[str]) -> tuple[str, RuleTable]:
+def detect(names: Iterable[str]) -> Dialect:
     """The dialect that has rules for the most of these names.
 
     Raises:
@@ -41,16 +54,21 @@ def detect(names: Iterable[str]) -> tuple[str, RuleTable]:
                 found=shorten(named, 4),
                 expected="a dense GPT",
             )
-
-    def known(table: RuleTable) -> int:
-        patterns = [pattern for rule in table.rules for pattern in rule.patterns]
-        return sum(any(pattern.fullmatch(name) for pattern in patterns) for name in names)
-
-    dialect = max(DIALECTS, key=lambda name: known(DIALECTS[name]))
-    if not known(DIALECTS[dialect]):
+    dialect = max(DIALECTS, key=lambda dialect: dialect.known(names))
+    if not dialect.known(names):
         raise UnsupportedError(
             "no generation of Megatron that mtt knows spells parameters like this",
             found=shorten(names) or "no model tensors",
             expected="names like decoder.layers.0.self_attention.linear_qkv.weight",
         )
-    return dialect, DIALECTS[dialect]
+    return dialect
+
+
+def canonical(dialect: Dialect, shards: Sequence[Shard]) -> list[Shard]:
+    """The shards under canonical names, with layers numbered as in their files.
+
+    Raises:
+        MappingError: a name without a rule or with two, or a group of which a shard lacks a part.
+    """
+    dialect.rules.resolve({name for shard in shards for name in shard.tensors})
+    return [replace(shard, tensors=dialect.rules.rename(shard.tensors)) for shard in shards]

@@ -5,6 +5,7 @@
 
 from ..mapping import Rule, RuleTable
 from . import core_te
+from .dialect import Dialect
 from .modules import Modules
 
 _NORMS = {
@@ -20,6 +21,12 @@ def _local(name: str) -> str:
 
 
 RULES = RuleTable(*(Rule(_local(rule.source), rule.target) for rule in core_te.RULES.rules))
+DIALECT = Dialect(
+    name="core_local",
+    rules=RULES,
+    generations=((r".*", "Megatron-Core, its own layers"),),
+    is_core=True,
+)
 MODULES = Modules(
     before=core_te.MODULES.before,
     layer=(

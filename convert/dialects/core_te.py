@@ -4,6 +4,7 @@ Distributed checkpoints spell dense layers like this whatever the spec; so do ca
 """
 
 from ..mapping import Rule, RuleTable
+from .dialect import Dialect
 from .modules import Modules
 
 _NAMES = (
@@ -21,6 +22,12 @@ _NAMES = (
     "output_layer.weight",
 )
 RULES = RuleTable(*(Rule(name, name) for name in _NAMES))
+DIALECT = Dialect(
+    name="core_te",
+    rules=RULES,
+    generations=((r".*", "Megatron-Core, Transformer Engine layers or a distributed checkpoint"),),
+    is_core=True,
+)
 _LAYER = (
     "self_attention.core_attention",
     "self_attention.linear_proj",

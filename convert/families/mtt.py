@@ -47,7 +47,7 @@ FAMILY = Family(
         Choice(
             "position_embedding_type",
             "position_embedding_type",
-            {"learned": "learned_absolute", "rope": "rope", "none": "none"},
+            {"learned": "learned_absolute", "rope": "rope", "alibi": "alibi", "none": "none"},
         ),
         Same("max_position_embeddings", "max_position_embeddings"),
         Rope(partial=True, optional=True, interleaved="rope_interleave"),
@@ -63,6 +63,7 @@ FAMILY = Family(
         ),
         Same("use_qk_norm", "qk_layernorm"),
         Same("use_parallel_residual", "parallel_residual"),
+        Same("embedding_norm", "embedding_norm"),
         Opposite("tie_word_embeddings", "untie_embeddings_and_output_weights"),
         Same("attention_dropout", "attention_dropout"),
         Same("hidden_dropout", "hidden_dropout"),
@@ -80,6 +81,7 @@ FAMILY = Family(
         "mlp_bias": True,
         "use_qk_norm": False,
         "use_parallel_residual": False,
+        "embedding_norm": False,
         "rope_interleave": False,
         "tie_word_embeddings": True,
         "attention_dropout": 0.0,
@@ -91,7 +93,6 @@ FAMILY = Family(
         "apply_residual_connection_post_layernorm": Neutral(
             "residuals taken after the norm", (False,)
         ),
-        "embedding_norm": Neutral("a norm after the embedding, as in BLOOM", (False,)),
         "embedding_multiplier": Neutral("embeddings multiplied by a number", (1.0, 1)),
         "residual_multiplier": Neutral("residuals multiplied by a number", (1.0, 1)),
         "attention_multiplier": Neutral("attention scores scaled by another number", (None,)),

@@ -16,6 +16,7 @@ def _table(fc1: Rule) -> RuleTable:
     return RuleTable(
         Rule("embedding.word_embeddings.weight", "model.embed_tokens.weight", TrimVocab()),
         Rule("embedding.position_embeddings.weight", "model.embed_positions.weight"),
+        Rule("embedding.norm.{p}", "model.embed_norm.{p}"),
         Rule(
             f"{_IN}.self_attention.linear_qkv.{{p}}",
             f"{_OUT}.self_attn.{{q_proj,k_proj,v_proj}}.{{p}}",

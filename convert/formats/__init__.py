@@ -11,7 +11,17 @@ from .. import sources
 from ..checkpoint import RawCheckpoint
 from ..errors import NotACheckpointError, UnsupportedError
 from ..sources import listing
-from . import megatron_torch, megatron_torch_dcp, megatron_torch_dist, megatron_zarr, nemo
+from . import (
+    deepspeed_layers,
+    deepspeed_module,
+    deepspeed_universal,
+    megatron_torch,
+    megatron_torch_dcp,
+    megatron_torch_dist,
+    megatron_zarr,
+    nemo,
+)
+from .deepspeed import refuse_unreadable
 from .folders import Place, locate
 
 
@@ -32,6 +42,9 @@ READERS: tuple[Reader, ...] = (
     megatron_torch_dcp,
     megatron_zarr,
     megatron_torch,
+    deepspeed_layers,
+    deepspeed_universal,
+    deepspeed_module,
     nemo,
 )
 
@@ -58,13 +71,18 @@ def find(path: str, iteration: int | None = None) -> tuple[Reader, Place]:
     raise _recognised(place.folder) or NotACheckpointError(
         f"no model files in {place.folder}",
         found=", ".join(listing(place.folder)[:6]) or "an empty folder",
-        expected="mp_rank_*/model_optim_rng.pt, or .metadata with *.distcp files",
+        expected="mp_rank_*/model_optim_rng.pt, .metadata with *.distcp files, or DeepSpeed's "
+        "layer_*-model_states.pt",
         fix="copy the iteration again from where it was written",
     )
 
 
 def _recognised(folder: str) -> UnsupportedError | None:
     """A clear refusal for formats that are known by name only."""
+    try:
+        refuse_unreadable(folder)
+    except UnsupportedError as refusal:
+        return refusal
     names = set(listing(folder))
     found = None
     if {".metadata", "common.pt"} <= names and "metadata.json" not in names:
@@ -74,14 +92,6 @@ def _recognised(folder: str) -> UnsupportedError | None:
             expected="metadata.json beside them",
             fix="copy that file again",
         )
-    if "latest" in names and any(n.startswith("global_step") for n in names):
-        found = "the root of a DeepSpeed checkpoint"
-    elif any(n.startswith("layer_") and n.endswith("-model_states.pt") for n in names):
-        found = "a Megatron-DeepSpeed checkpoint of layer files"
-    elif any(n.endswith("_model_states.pt") for n in names):
-        found = "a DeepSpeed checkpoint"
-    elif "zero" in names and "mp_rank_00_model_states.pt" in names:
-        found = "a DeepSpeed universal checkpoint"
     elif ".zmetadata" in names or ".zarray" in names:
         found = "a zarr checkpoint"
     elif "adapter_config.json" in names:

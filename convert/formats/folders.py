@@ -2,6 +2,10 @@
 
 <root>/latest_checkpointed_iteration.txt     "1000", or "release"
 <root>/iter_0001000/                         or <root>/release/
+
+<root>/latest                                DeepSpeed's: "global_step1000"
+<root>/global_step1000/                      Megatron-DeepSpeed writes both trackers beside it
+<root>/latest_universal                      "global_step1000_universal"
 """
 
 from __future__ import annotations
@@ -16,7 +20,9 @@ from ..errors import IncompleteError, NotACheckpointError, UsageError
 from ..sources import listing
 
 TRACKER = "latest_checkpointed_iteration.txt"
-_ITERATION = re.compile(r"iter_(\d{7,})")
+TAGS = ("latest", "latest_universal")
+_ITERATION = re.compile(r"iter_(\d{7,15})|global_step(\d{1,15})(_universal)?")
+_TAG = re.compile(r"[^/\\\0]{1,200}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,14 +35,23 @@ class Place:
 
 
 def iteration_folder(root: str, iteration: int) -> str:
-    """Where Megatron puts one iteration."""
-    return os.path.join(root, f"iter_{iteration:07d}")
+    """Where Megatron puts one iteration, or where DeepSpeed has put it."""
+    usual = os.path.join(root, f"iter_{iteration:07d}")
+    others = (f"global_step{iteration}", f"global_step{iteration}_universal")
+    places = [usual, *(os.path.join(root, name) for name in others)]
+    return next((place for place in places if sources.is_dir(place)), usual)
 
 
 def iterations_in(root: str) -> tuple[int, ...]:
     """Iterations that have a folder under `root`, in order."""
-    found = (_ITERATION.fullmatch(name) for name in listing(root))
-    return tuple(sorted(int(hit[1]) for hit in found if hit))
+    found = (iteration_of(name) for name in listing(root))
+    return tuple(sorted({number for number in found if number is not None}))
+
+
+def iteration_of(name: str) -> int | None:
+    """The iteration a folder is named after."""
+    hit = _ITERATION.fullmatch(name)
+    return int(hit[1] or hit[2]) if hit else None
 
 
 def locate(path: str, iteration: int | None, holds_model: Callable[[str], bool]) -> Place:
@@ -64,8 +79,7 @@ def locate(path: str, iteration: int | None, holds_model: Callable[[str], bool])
     here = iterations_in(path)
     tracker = os.path.join(path, TRACKER)
     if iteration is not None:
-        own = _ITERATION.fullmatch(os.path.basename(path))
-        if own and int(own[1]) == iteration and holds_model(path):
+        if iteration_of(os.path.basename(path)) == iteration and holds_model(path):
             return Place(path, iteration, (iteration,))
         if iteration not in here:
             raise IncompleteError(
@@ -76,13 +90,26 @@ def locate(path: str, iteration: int | None, holds_model: Callable[[str], bool])
             )
         return Place(iteration_folder(path, iteration), iteration, here)
     if holds_model(path):
-        own = _ITERATION.fullmatch(os.path.basename(path))
-        return Place(path, int(own[1]) if own else None)
+        return Place(path, iteration_of(os.path.basename(path)))
     weights = os.path.join(path, "weights")  # NeMo 2
     if sources.is_dir(weights) and holds_model(weights):
         return Place(weights, None)
+    tagged = _tagged(path, here)
     if sources.is_file(tracker):
-        return _tracked(path, tracker, here)
+        try:
+            return _tracked(path, tracker, here)
+        except IncompleteError:  # Megatron-DeepSpeed writes both, and the folder of one
+            if tagged is None or not sources.is_dir(tagged.folder):
+                raise
+    if tagged and sources.is_dir(tagged.folder):
+        return tagged
+    if tagged:
+        raise IncompleteError(
+            f"{path} names a folder that is not there",
+            found=_choices(here),
+            expected=tagged.folder,
+            fix=_choose(here),
+        )
     if len(here) == 1:
         return Place(iteration_folder(path, here[0]), here[0], here)
     if sources.is_dir(os.path.join(path, "release")) and not here:
@@ -101,8 +128,30 @@ def locate(path: str, iteration: int | None, holds_model: Callable[[str], bool])
     )
 
 
+def _tagged(path: str, here: tuple[int, ...]) -> Place | None:
+    """The folder that DeepSpeed's tracker names, whether it is there or not."""
+    for name in TAGS:
+        tracker = os.path.join(path, name)
+        if not sources.is_file(tracker):
+            continue
+        text = _first_word(tracker)
+        if text in (".", "..") or not _TAG.fullmatch(text):
+            raise IncompleteError(
+                f"{tracker} names no folder",
+                found=repr(text),
+                expected="a tag, such as global_step1000",
+                fix=_choose(here),
+            )
+        return Place(os.path.join(path, text), iteration_of(text), here)
+    return None
+
+
+def _first_word(tracker: str) -> str:
+    return sources.read(tracker)[:256].decode("utf-8", "replace").strip()
+
+
 def _tracked(path: str, tracker: str, here: tuple[int, ...]) -> Place:
-    text = sources.read(tracker)[:64].decode("utf-8", "replace").strip()
+    text = _first_word(tracker)[:64]
     if text == "release":
         folder, number = os.path.join(path, "release"), None
     elif text.isascii() and text.isdecimal():

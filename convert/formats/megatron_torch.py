@@ -4,6 +4,9 @@
                  mp_rank_TT_PPP/model_optim_rng.pt         ... and pipeline rank PPP
                  mp_rank_TT_EEE/model_optim_rng.pt         ... or expert rank EEE: args decide
                  mp_rank_TT_PPP_EEE/model_optim_rng.pt     ... and expert rank EEE
+                 mp_rank_TT[_PPP]/model_rng.pt             2022-03 to 2023-05 with the distributed
+                 mp_rank_TT[_PPP]_DDD/optim.pt             optimizer, which has folders of its own
+                 mp_rank_TT[_PPP]_DDD/model_rng.pt         days in 2022-05: data rank DDD's copy
 
     model_optim_rng.pt = {args, checkpoint_version, iteration,
                           model | model0, model1, ... (virtual pipeline chunks),
@@ -18,8 +21,8 @@ from __future__ import annotations
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from itertools import islice
 
 from .. import sources
@@ -29,36 +32,19 @@ from ..errors import (
     IncompleteError,
     InconsistentError,
     MappingError,
-    UnsupportedError,
 )
 from ..plan import PlannedFile
 from ..sources import listing
-from ..tensors import LazyTensor
 from .folders import Place, iteration_folder
 from .pickle_writer import Call, Global, Instance
-from .pickles import is_opaque
+from .state_dicts import STATE, Dropped, tensors_of
 from .torch_zip import ORDERED_DICT, Weight, load, plan, tensor_value
 from .values import holds_tensors, iteration, plain_arguments, scalar, version
 
 NAME = "torch"
 _RANK = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?(?:_(\d{3,}))?")
-_FILE = "model_optim_rng.pt"
-_STATE = {
-    "optimizer": "optimizer",
-    "opt_param_scheduler": "optimizer",
-    "lr_scheduler": "optimizer",
-    "rng_state": "rng",
-    "random_rng_state": "rng",
-    "np_rng_state": "rng",
-    "torch_rng_state": "rng",
-    "cuda_rng_state": "rng",
-    "rng_tracker_states": "rng",
-    "rerun_state_machine": "rerun state",
-}
-_BUFFERS = {"_extra_state": "_extra_state", "inv_freq": "inv_freq"}
-_MAX_DEPTH = 6
+_FILE, _FILE_OF_2022 = "model_optim_rng.pt", "model_rng.pt"
 _MAX_NAMED = 4
-Dropped = dict[str, list[str]]
 Arguments = Mapping[str, Mapping[str, object] | None]
 
 
@@ -95,6 +81,7 @@ def open_folder(place: Place, skip_keys: frozenset[str] = frozenset()) -> RawChe
     first = contents[files[0].folder]
     arguments = {name: plain_arguments(content.get("args")) for name, content in contents.items()}
     args = arguments[files[0].folder]
+    files = _without_copies(files, args)
     sizes = _sizes(args, files)
     ranks = {file.folder: _coordinates(file, sizes) for file in files}
     _check_grid(place, ranks, sizes)
@@ -105,8 +92,8 @@ def open_folder(place: Place, skip_keys: frozenset[str] = frozenset()) -> RawChe
         _check_agreement(file, content, files[0], first)
         tp, pp, ep = ranks[file.folder]
         for chunk, model in enumerate(_chunks(file, content, dropped, skip_keys)):
-            tensors = _unique(_flatten(model, file, dropped), file)
-            where = f"{file.folder}/{_FILE}"
+            tensors = tensors_of(model, file.folder, file.path, dropped)
+            where = f"{file.folder}/{os.path.basename(file.path)}"
             shards.append(Shard(where, tensors, arguments[file.folder], tp, pp, chunk, ep))
     num_chunks = 1 + max(shard.vpp for shard in shards)
     return RawCheckpoint(
@@ -117,8 +104,9 @@ def open_folder(place: Place, skip_keys: frozenset[str] = frozenset()) -> RawChe
         iteration=iteration(first, place, files[0].path),
         args=args,
         checkpoint_version=version(first, files[0].path, missing=0.0),
+        is_stamped=first.get("checkpoint_version") is not None,
         dropped={kind: tuple(sorted(set(names))) for kind, names in dropped.items()},
-        evidence=(f"{len(files)} mp_rank_* folders with {_FILE}",),
+        evidence=(f"{len(files)} mp_rank_* folders with {os.path.basename(files[0].path)}",),
         num_files=len(files),
         iterations=place.iterations,
     )
@@ -128,10 +116,31 @@ def _rank_files(folder: str) -> list[_RankFile]:
     files = []
     for name in listing(folder):
         hit = _RANK.fullmatch(name)
-        path = os.path.join(folder, name, _FILE)
-        if hit and sources.is_file(path):
-            files.append(_RankFile(name, path, tuple(int(n) for n in hit.groups() if n)))
+        for model in (_FILE, _FILE_OF_2022) if hit else ():
+            path = os.path.join(folder, name, model)
+            if hit and sources.is_file(path):
+                files.append(_RankFile(name, path, tuple(int(n) for n in hit.groups() if n)))
+                break
     return files
+
+
+def _without_copies(files: list[_RankFile], args: Mapping[str, object] | None) -> list[_RankFile]:
+    """Without the files that further data-parallel ranks wrote for some days in 2022-05.
+
+    (Megatron-LM 3c93098118: `mp_rank_TT[_PPP]_DDD/model_rng.pt`.)
+    """
+    if args is None:
+        return files
+    stages = args.get("pipeline_model_parallel_size")
+    count = 2 if isinstance(stages, int) and stages > 1 else 1
+    kept = []
+    for file in files:
+        is_copied = os.path.basename(file.path) == _FILE_OF_2022 and len(file.numbers) > count
+        if not is_copied:
+            kept.append(file)
+        elif file.numbers[count:] == (0,):
+            kept.append(replace(file, numbers=file.numbers[:count]))
+    return kept or files
 
 
 def _content(file: _RankFile) -> Mapping[str, object]:
@@ -286,8 +295,8 @@ def _chunks(
                     expected="model, or model0, model1, ...",
                 )
             chunks[int(number[1] or 0)] = value
-        elif key in _STATE or key in skip_keys:
-            dropped[_STATE.get(key, "skipped")].append(str(key))
+        elif key in STATE or key in skip_keys:
+            dropped[STATE.get(key, "skipped")].append(str(key))
         elif holds_tensors(value):
             raise MappingError(
                 f"{file.path} has tensors under {key!r}; nothing was written",
@@ -302,56 +311,6 @@ def _chunks(
             expected="model, or model0, model1, ...",
         )
     return [chunks[number] for number in sorted(chunks)]
-
-
-def _flatten(
-    model: Mapping[str, object], file: _RankFile, dropped: Dropped
-) -> Iterator[tuple[str, LazyTensor]]:
-    """Dotted names and tensors of a flat or nested model."""
-    for name, value in _leaves(model, file):
-        kind = _BUFFERS.get(name.rpartition(".")[2])
-        if kind:
-            dropped[kind].append(name)
-        elif isinstance(value, LazyTensor) and value.dtype.is_floating and value.dtype.itemsize > 1:
-            yield name, value
-        elif isinstance(value, LazyTensor) or is_opaque(value):
-            raise UnsupportedError(
-                f"{name} in {file.folder} is no plain weight; nothing was written",
-                found=str(value.dtype) if isinstance(value, LazyTensor) else repr(value)[:200],
-                expected="float32, bfloat16 or float16 (quantized and fp8 weights are refused)",
-                fix="save the checkpoint with plain weights",
-            )
-        elif value is not None:
-            found = f"a {type(value).__name__}"
-            raise CorruptError(f"{name} in {file.folder} is no tensor", found=found)
-
-
-def _unique(named: Iterator[tuple[str, LazyTensor]], file: _RankFile) -> dict[str, LazyTensor]:
-    tensors: dict[str, LazyTensor] = {}
-    for name, tensor in named:
-        if name in tensors:
-            raise MappingError(
-                f"{file.path} has one parameter twice; nothing was written",
-                found=f"nested and dotted: {name}",
-                expected="every parameter once",
-            )
-        tensors[name] = tensor
-    return tensors
-
-
-def _leaves(
-    model: Mapping[str, object], file: _RankFile, prefix: str = "", depth: int = 0
-) -> Iterator[tuple[str, object]]:
-    if depth > _MAX_DEPTH:
-        raise CorruptError(f"{file.path} nests its model too deeply", found=prefix[:80])
-    for key, value in model.items():
-        if not isinstance(key, str):
-            raise CorruptError(f"{file.path} has parameters without names", found=prefix[:80])
-        name = prefix + key
-        if isinstance(value, dict):
-            yield from _leaves(value, file, f"{name}.", depth + 1)
-        else:
-            yield name, value
 
 
 @dataclass(frozen=True, slots=True)

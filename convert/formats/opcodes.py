@@ -27,19 +27,28 @@ _EXTENSIONS = b"\x82\x83\x84"
 _PUT, _LONG_BINPUT, _STOP = ord("p"), ord("r"), ord(".")
 
 
-def check(data: bytes, path: str) -> None:
+def check(data: bytes, path: str, start: int = 0) -> int:
     """Refuse a stream that would make the unpickler use more than the stream itself warrants.
+
+    Args:
+        data: what the stream stands in.
+        path: the file it came from, for messages.
+        start: where it begins in `data`.
+
+    Returns:
+        The position behind the stream.
 
     Raises:
         UnsafePickleError: it uses extension codes.
-        CorruptError: it has no end, or memo indices beyond its own length.
+        EndlessError: it has no end.
+        CorruptError: it has memo indices beyond its own length.
     """
-    position, size = 0, len(data)
+    position, size = start, len(data)
     while position < size:
         opcode = data[position]
         position += 1
         if opcode == _STOP:
-            return
+            return position
         if opcode in _EXTENSIONS:
             raise UnsafePickleError(
                 f"{path} was refused: its pickle uses extension codes; nothing of it was run",
@@ -76,8 +85,12 @@ def _check_index(index: int, size: int, path: str) -> None:
         )
 
 
-def _endless(path: str) -> CorruptError:
-    return CorruptError(
+class EndlessError(CorruptError):
+    """A pickle stream without an end, as far as it was read."""
+
+
+def _endless(path: str) -> EndlessError:
+    return EndlessError(
         f"{path}: its pickle cannot be read",
         found="a stream without an end",
         expected="a complete pickle",

@@ -151,6 +151,16 @@ class StorageRef:
         self.dtype, self.path, self.offset, self.num_elements = dtype, path, offset, num_elements
 
 
+def damaged(path: str, found: str, expected: str) -> CorruptError:
+    """The error for a file that is not as its writer left it."""
+    return CorruptError(
+        f"{path} is truncated or damaged",
+        found=found,
+        expected=expected,
+        fix="copy the file again from where it was written",
+    )
+
+
 def is_opaque(value: object) -> bool:
     """Whether a value stands for an object of a class that was not loaded."""
     return isinstance(value, (Stub, _Sealed, _Known))

@@ -25,14 +25,14 @@ from typing import Any, BinaryIO, cast
 
 from ..boxes import row_major
 from ..dtypes import DType
-from ..errors import CorruptError, SourceError, UnsupportedError
+from ..errors import SourceError
 from ..plan import PlannedTensor
 from ..sources import File, Window, open_file
 from ..tensors import LazyTensor
+from . import torch_legacy
 from .pickle_writer import Call, Global, StorageKey, dumps
-from .pickles import STORAGES, StorageRef, load_pickle
+from .pickles import STORAGES, StorageRef, damaged, load_pickle
 
-_OLD_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch/serialization.py MAGIC_NUMBER
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
 _TAIL_BYTES = 64 << 10
 # A record may be followed by its sizes once more.
@@ -40,7 +40,7 @@ _DESCRIPTOR_SIZES = (0, 16, 24)
 
 
 def load(path: str, offset: int = 0, length: int | None = None) -> Any:
-    """The object saved in the zip at `[offset, offset + length)` of a file.
+    """The object saved at `[offset, offset + length)` of a file, in a zip or as before zips.
 
     Raises:
         UnsafePickleError: its pickle names something that is not data.
@@ -51,7 +51,9 @@ def load(path: str, offset: int = 0, length: int | None = None) -> Any:
         with open_file(path) as file:
             end = file.size if length is None else offset + length
             if not 0 <= offset < end <= file.size:
-                raise _damaged(path, f"{file.size} bytes", f"at least {end}")
+                raise damaged(path, f"{file.size} bytes", f"at least {end}")
+            if torch_legacy.is_legacy(file, offset):
+                return torch_legacy.load(path, file, offset, end)
             if length is None:
                 file.expect([(max(offset, end - _TAIL_BYTES), min(_TAIL_BYTES, end - offset))])
             return _Archive(path, file, offset, end).load()
@@ -59,27 +61,11 @@ def load(path: str, offset: int = 0, length: int | None = None) -> Any:
         raise SourceError(f"{path} cannot be read", found=str(error)) from error
 
 
-def _damaged(path: str, found: str, expected: str) -> CorruptError:
-    return CorruptError(
-        f"{path} is truncated or damaged",
-        found=found,
-        expected=expected,
-        fix="copy the file again from where it was written",
-    )
-
-
 class _Archive:
     """One zip inside a file; record positions are absolute in that file."""
 
     def __init__(self, path: str, file: File, start: int, end: int) -> None:
         self.path, self._file, self._start, self._end = path, file, start, end
-        if file.pread(len(_OLD_MAGIC), start) == _OLD_MAGIC:
-            raise UnsupportedError(
-                f"{path} was written by torch before 1.6; mtt cannot read that yet",
-                found="a file of consecutive pickles",
-                expected="a zip file, as torch.save writes since torch 1.6",
-                fix="load and save it once with a newer torch, if you trust its author",
-            )
         window = cast(BinaryIO, Window(file, start, end))
         try:
             self._zip = zipfile.ZipFile(window)
@@ -91,20 +77,20 @@ class _Archive:
             struct.error,
         ) as error:
             found = f"{end - start} bytes, {str(error)[0].lower() + str(error)[1:]}"
-            raise _damaged(path, found, "a complete file written by torch.save") from error
+            raise damaged(path, found, "a complete file written by torch.save") from error
         self._records = {info.filename: info for info in self._zip.infolist()}
         if len(self._records) < len(self._zip.infolist()):
-            raise _damaged(path, "two records of one name", "one")
+            raise damaged(path, "two records of one name", "one")
         pickles = [name for name in self._records if name.endswith("/data.pkl")]
         if len(pickles) != 1:
-            raise _damaged(path, f"{len(pickles)} records named data.pkl", "one")
+            raise damaged(path, f"{len(pickles)} records named data.pkl", "one")
         self._prefix = pickles[0].removesuffix("data.pkl")
 
     def load(self) -> Any:
         self._check_order()
         order = self._records.get(f"{self._prefix}byteorder")
         if order and self._read(order) != b"little":
-            raise _damaged(self.path, "big-endian storages", "little-endian ones")
+            raise damaged(self.path, "big-endian storages", "little-endian ones")
         data = self._read(self._records[f"{self._prefix}data.pkl"])
         self._check_sum(data)
         headers = [self._start + info.header_offset for info in self._records.values()]
@@ -116,14 +102,14 @@ class _Archive:
         places = sorted(info.header_offset for info in self._records.values())
         if not 0 <= places[0] <= places[-1] < self._zip.start_dir:
             found = f"records from {places[0]} to {places[-1]}"
-            raise _damaged(self.path, found, f"records before {self._zip.start_dir}")
+            raise damaged(self.path, found, f"records before {self._zip.start_dir}")
         self._next = dict(zip(places, [*places[1:], self._zip.start_dir], strict=True))
 
     def _check_sum(self, data: bytes) -> None:
         """Hold the pickle against its checksum, which torch can be told to leave out."""
         info = self._records[f"{self._prefix}data.pkl"]
         if info.CRC not in (0, zlib.crc32(data)):
-            raise _damaged(self.path, "a pickle with another checksum", f"{info.CRC:#010x}")
+            raise damaged(self.path, "a pickle with another checksum", f"{info.CRC:#010x}")
         start = self._data_start(info) - self._start
         self._alignment = _ALIGNMENT if start % _ALIGNMENT == 0 else 1
 
@@ -132,31 +118,33 @@ class _Archive:
             case ("storage", DType() as dtype, str() as key, _, int() as num_elements, *_):
                 name = f"{self._prefix}data/{key}"
                 if name not in self._records:
-                    raise _damaged(self.path, f"no record {name}", "one per storage")
+                    raise damaged(self.path, f"no record {name}", "one per storage")
                 info = self._records[name]
                 if info.file_size != num_elements * dtype.itemsize:
                     expected = f"{num_elements} x {dtype.itemsize} bytes"
-                    raise _damaged(self.path, f"{name} of {info.file_size} bytes", expected)
+                    raise damaged(self.path, f"{name} of {info.file_size} bytes", expected)
                 start = self._data_start(info)
                 if (start - self._start) % self._alignment:
-                    raise _damaged(self.path, f"{name} at {start}", "storages in their places")
+                    raise damaged(self.path, f"{name} at {start}", "storages in their places")
                 return StorageRef(dtype, self.path, start, num_elements)
-        raise _damaged(self.path, f"storage reference {str(reference)[:80]}", "a torch storage")
+        raise damaged(self.path, f"storage reference {str(reference)[:80]}", "a torch storage")
 
     def _data_start(self, info: zipfile.ZipInfo) -> int:
         """Absolute position of a record's bytes, which must be stored as they are."""
         header_start = self._start + info.header_offset
+        if not self._start <= header_start < self._end:
+            raise damaged(self.path, f"a record at {header_start}", f"before {self._end}")
         header = self._file.pread(_LOCAL_HEADER.size, header_start)
         if len(header) < _LOCAL_HEADER.size or header[:4] != b"PK\x03\x04":
-            raise _damaged(self.path, f"no record at {header_start}", info.filename)
+            raise damaged(self.path, f"no record at {header_start}", info.filename)
         _, name_size, extra_size = _LOCAL_HEADER.unpack(header)
         start: int = header_start + _LOCAL_HEADER.size + name_size + extra_size
         gap = self._start + self._next[info.header_offset] - start - info.file_size
         if gap not in _DESCRIPTOR_SIZES:
-            raise _damaged(self.path, f"{gap} bytes after {info.filename}", "records without gaps")
+            raise damaged(self.path, f"{gap} bytes after {info.filename}", "records without gaps")
         if info.compress_type != zipfile.ZIP_STORED or start + info.file_size > self._end:
             found = f"{info.filename} compressed or longer than the file"
-            raise _damaged(self.path, found, "records stored as they are")
+            raise damaged(self.path, found, "records stored as they are")
         return start
 
     def _read(self, info: zipfile.ZipInfo) -> bytes:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from ..boxes import Ints
 from ..dtypes import DType
@@ -20,6 +21,7 @@ from .pickles import Record, Stub, is_opaque
 _MAX_DEPTH = 6
 _MAX_VALUES = 20_000
 _MAX_INTEGER = 2**63
+_MOST_VERSIONS = 1000
 
 
 class _TooMuch(Exception):
@@ -34,7 +36,15 @@ def plain_arguments(args: object) -> dict[str, object] | None:
     """
     if not isinstance(args, Record):
         return None
-    fields = args.fields
+    return plain_entries(args.fields)
+
+
+def plain_entries(fields: Mapping[Any, object]) -> dict[str, object]:
+    """Named values: plain ones as they are, all others opaque.
+
+    Raises:
+        CorruptError: names that are no text.
+    """
     if odd := [name for name in fields if not isinstance(name, str)]:
         raise CorruptError(
             "the arguments in the checkpoint are damaged",
@@ -98,10 +108,19 @@ def version(content: Mapping[str, object], where: str, missing: float) -> float:
     """Megatron's `checkpoint_version`.
 
     Raises:
-        CorruptError: it is no number.
+        CorruptError: it is no version.
     """
     value = scalar(content, "checkpoint_version", where)
-    return float(value) if isinstance(value, (int, float)) else missing
+    if value is None:
+        return missing
+    if not isinstance(value, (int, float)) or not 0 <= value < _MOST_VERSIONS:
+        raise CorruptError(
+            f"{where} has no readable checkpoint_version",
+            found=repr(value)[:60],
+            expected="0, 1, 2 or 3",
+            fix="copy the file again from where it was written",
+        )
+    return float(value)
 
 
 def iteration(content: Mapping[str, object], place: Place, where: str) -> int | None:

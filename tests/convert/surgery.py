@@ -313,6 +313,7 @@ _OPTIONS: dict[str, Callable[[Any], list[str]]] = {
     "skip_keys": lambda value: [word for key in value for word in ("--skip-key", key)],
     "overrides": lambda v: [w for key in v for w in ("--set", f"{key}={v[key]}")],
     "replicated": lambda value: ["--replicated", value],
+    "qkv_order": lambda value: ["--qkv-order", value],
     "overwrite": lambda value: ["--overwrite"] if value else [],
     "tokenizer": lambda value: ["--tokenizer", str(value)],
 }

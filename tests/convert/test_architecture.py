@@ -115,7 +115,7 @@ def test_rotary_dim(percent: float, dim: int) -> None:
         ({"rope_scaling_factor": 0.0}, "rope_scaling_factor = 0.0"),
         ({"activation": "relu"}, "activation = relu"),
         ({"normalization": "L2Norm"}, "normalization = L2Norm"),
-        ({"position_embedding_type": "alibi"}, "position_embedding_type = alibi"),
+        ({"position_embedding_type": "yarn"}, "position_embedding_type = yarn"),
         ({"params_dtype": "uint8"}, "params_dtype = uint8"),
         (
             {"position_embedding_type": "rope", "rotary_percent": 0.2},

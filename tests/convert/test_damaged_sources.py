@@ -795,7 +795,7 @@ def test_several_arguments_are_named_at_once(root: Path, out: Path) -> None:
     assert "qk_l2_norm" in str(error.found) and "mtp_num_layers" in str(error.found)
 
 
-@pytest.mark.parametrize("value", ["yarn", "relative", "mrope", "alibi"])
+@pytest.mark.parametrize("value", ["yarn", "relative", "mrope"])
 def test_positions_that_mtt_does_not_know(value: str, root: Path, out: Path) -> None:
     set_arguments(root, position_embedding_type=value)
     refused(root, out, UnsupportedError, says=f"position_embedding_type = '{value}'")
@@ -846,9 +846,8 @@ def test_weights_of_mixed_types(root: Path, out: Path) -> None:
 @pytest.mark.parametrize(
     ("names", "kind"),
     [
-        ({"global_step10": None, "latest": "global_step10"}, "DeepSpeed"),
-        ({"layer_01-model_states.pt": ""}, "DeepSpeed"),
-        ({"mp_rank_00_model_states.pt": ""}, "DeepSpeed"),
+        ({"zero_pp_rank_0_mp_rank_00_model_states.pt": ""}, "ZeRO stage 3"),
+        ({"layer_3_expert_0_mp_rank_00_model_states.pt": ""}, "mixture of experts"),
         ({".zmetadata": ""}, "zarr"),
         ({"model.safetensors": ""}, "without a config.json"),
     ],

@@ -361,7 +361,7 @@ def test_convert_asks_for_the_target(
 def test_inspect(folder: Path, capsys: pytest.CaptureFixture) -> None:
     assert main(["inspect", str(folder)]) == 0
     text = capsys.readouterr().out
-    assert "hf (config.json with model_type llama)" in text
+    assert "evidence     config.json with model_type llama" in text
     assert "exactly a    llama, mistral" in text
     assert "iteration" not in text and "layout" not in text
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from mtt_convert.architecture import Architecture
-from mtt_convert.dialects import DIALECTS
+from mtt_convert.dialects import DIALECTS, Dialect
 from mtt_convert.dtypes import DTYPES
 from mtt_convert.errors import MappingError
 from mtt_convert.families import FAMILIES
@@ -80,13 +80,13 @@ def test_every_family_rule_undoes_itself(family: str, gated: bool) -> None:
     assert {n: t.shape for n, t in back.items()} == {n: t.shape for n, t in source.items()}
 
 
-@pytest.mark.parametrize("dialect", sorted(DIALECTS))
+@pytest.mark.parametrize("dialect", DIALECTS, ids=lambda dialect: dialect.name)
 @pytest.mark.parametrize("untied", [False, True])
-def test_every_dialect_can_be_written(dialect: str, untied: bool) -> None:
+def test_every_dialect_can_be_written(dialect: Dialect, untied: bool) -> None:
     architecture = replace(TINY, untie_embeddings_and_output_weights=untied)
     names = [
         name for name in expected(architecture) if "_layernorm." not in name or "final" in name
     ]
-    table = DIALECTS[dialect]
+    table = dialect.rules
     written = [match.targets[0] for match in table.inverse.resolve(names)]
     assert [match.targets[0] for match in table.resolve(written)] == names

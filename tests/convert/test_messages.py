@@ -166,7 +166,7 @@ error: copies of decoder.layers.0.self_attention.linear_qkv.layer_norm_weight di
   found:    one value in mp_rank_00_000/model_optim_rng.pt, """
         """another in mp_rank_01_000/model_optim_rng.pt
   expected: equal bytes on all ranks
-  fix:      use files of one save, or --replicated first to take the first rank's
+  fix:      use files of one save, or --replicated first to take the first rank's, or average
 """,
         3,
         "convert",

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from mtt_convert.dtypes import DTYPES
+from mtt_convert.errors import CorruptError
 from mtt_convert.formats.torch_zip import PlannedZip, Weight, load, plan, tensor_value
 from mtt_convert.tensors import LazyTensor, zeros
 
@@ -117,3 +118,18 @@ def test_more_records_than_a_short_directory_counts(tmp_path):
     write(path, zipped, dict.fromkeys((t.name for t in zipped.tensors), b"\x07"))
     assert len(zipfile.ZipFile(path).infolist()) == 66_005
     assert torch.load(path, weights_only=True)["65999"].item() == 7
+
+
+def test_a_directory_that_points_beyond_the_file(tmp_path: Path) -> None:
+    """A ZIP64 field can hold any position, also those no file has."""
+    path = tmp_path / "file.pt"
+    torch.save({"x": torch.ones(2)}, path)
+    data = path.read_bytes()
+    end = data.rindex(b"PK\x06\x06")
+    place = end + 48  # of the directory, in the ZIP64 end record
+    assert int.from_bytes(data[place : place + 8], "little") < len(data)
+    for value in (2**63 - 1, 2**63, 2**64 - 1, len(data)):
+        changed = data[:place] + value.to_bytes(8, "little") + data[place + 8 :]
+        path.write_bytes(changed)
+        with pytest.raises(CorruptError):
+            load(str(path))

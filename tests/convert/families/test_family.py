@@ -321,8 +321,6 @@ def test_other_functions_are_refused_by_name(family: str, change: dict, found: s
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"position_embedding_type": "alibi"}, "position_embedding_type = 'alibi'"),
-        ({"embedding_norm": True}, "embedding_norm = True"),
         ({"use_parallel_residual": True, "shared_layernorm": True}, "shared_layernorm = True"),
         ({"apply_residual_connection_post_layernorm": True}, "post_layernorm = True"),
         ({"embedding_multiplier": 2.0}, "embedding_multiplier = 2.0"),
@@ -338,6 +336,17 @@ def test_options_of_mtt_that_megatron_has_not(change: dict, named: str) -> None:
     with pytest.raises(UnsupportedError) as caught:
         FAMILIES["mtt"].architecture(config)
     assert named in str(caught.value.found)
+
+
+def test_options_of_mtt_that_only_other_megatrons_have() -> None:
+    changes = {"position_embedding_type": "alibi", "embedding_norm": True}
+    config = {**MTTConfig(hidden_size=32, num_attention_heads=4).to_dict(), **changes}
+    architecture = FAMILIES["mtt"].architecture(config)
+    assert (architecture.position_embedding_type, architecture.embedding_norm) == ("alibi", True)
+    assert changes.items() <= FAMILIES["mtt"].config(architecture).items()
+    assert [name for name, family in FAMILIES.items() if not family.misfits(architecture)] == [
+        "mtt"
+    ]
 
 
 # ---- spellings of earlier versions

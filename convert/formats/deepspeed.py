@@ -1,0 +1,250 @@
+"""What DeepSpeed's checkpoints share: the files with everything but the weights.
+
+    latest                                   text: the tag
+    global_step1000/                         or another tag
+        mp_rank_RR_model_states.pt           args, iteration, checkpoint_version, module, ...
+        configs/*.yml                        GPT-NeoX's configuration
+        [bf16_]zero_pp_rank_D_mp_rank_RR_optim_states.pt       never needed for weights
+        zero_pp_rank_D_mp_rank_RR_model_states.pt              ZeRO-3: weights, in flat parts
+
+RR counts pipeline stages and tensor-parallel ranks together, pp * TP + tp. The modules of a
+pipeline are numbered, functions included, so that numbers moved from release to release:
+
+    Megatron-DeepSpeed to 2023-07, BigScience    1 embedding, 3 ... layers, L+4 norm
+    Megatron-DeepSpeed since                     1 embedding, 2 ... layers, L+2 norm, L+3 head
+    GPT-NeoX                                     0 embedding, 2 ... layers, L+3 norm, L+4 head
+
+What a module is shows in its parameters, not in its number. `numbered` gives those of layers the
+prefix `layers.N.` and leaves the names of all others as they are.
+(deepspeed/runtime/{engine,pipe/module}.py at 0.16.9; get_checkpoint_names of each Megatron.)
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from .. import sources
+from ..errors import CorruptError, IncompleteError, InconsistentError, UnsupportedError
+from ..sources import listing
+from .folders import Place
+from .pickles import Record
+from .state_dicts import STATE
+from .torch_zip import load
+from .values import plain_arguments, plain_entries, scalar
+
+_RANK_FILE = re.compile(r"mp_rank_(\d{2,6})_model_states\.pt")
+_ZERO_3 = re.compile(r"(bf16_|fp16_)?zero_pp_rank_\d+_mp_rank_\d+_model_states\.pt")
+_EXPERTS = re.compile(r"layer_\d+_expert_\d+_mp_rank_\d+_model_states\.pt|expp_rank_.*\.pt")
+_OPTIMIZER = re.compile(r".*_optim_states\.pt")
+_OF_LAYER = re.compile(
+    r"((self_)?attention|inter_attention|mlp|(input|post_attention|post_inter_attention)_(layer)?norm)\..*"
+)
+_CONFIGS, _MOST_CONFIG_BYTES, _MOST_CONFIGS = "configs", 1 << 20, 64
+_SIZES = ("tensor_model_parallel_size", "model_parallel_size")
+# First module with parameters, first layer -> who numbers them so.
+_WRITERS = {
+    (1, 3): "Megatron-DeepSpeed to 2023-07, or BigScience",
+    (1, 2): "Megatron-DeepSpeed since 2023-07",
+    (0, 2): "GPT-NeoX",
+}
+AVERAGE = "average"  # copies of norms and biases drift apart on tensor-parallel ranks
+
+
+@dataclass(frozen=True, slots=True)
+class RankStates:
+    """What a `mp_rank_RR_model_states.pt` says.
+
+    Attributes:
+        where: its name.
+        path: its path.
+        content: all of it.
+        args: Megatron's or GPT-NeoX's arguments, if there are any.
+    """
+
+    where: str
+    path: str
+    content: Mapping[str, object]
+    args: Mapping[str, object] | None
+
+
+def rank_files(folder: str) -> dict[int, str]:
+    """Number -> path of the rank files in a folder."""
+    hits = ((_RANK_FILE.fullmatch(name), name) for name in listing(folder))
+    return {int(hit[1]): os.path.join(folder, name) for hit, name in hits if hit}
+
+
+def read_rank(path: str) -> RankStates:
+    """One rank's file.
+
+    Raises:
+        CorruptError, UnsafePickleError: it cannot be read as data.
+    """
+    content = load(path)
+    if not isinstance(content, dict):
+        raise CorruptError(
+            f"{path} is no DeepSpeed checkpoint",
+            found=type(content).__name__,
+            expected="a dict with args and module",
+        )
+    args = content.get("args")
+    found = plain_arguments(args) if isinstance(args, Record) else None
+    if isinstance(args, dict):
+        found = {**_configs(os.path.dirname(path)), **plain_entries(args)}
+    return RankStates(os.path.basename(path), path, content, found)
+
+
+def _configs(folder: str) -> dict[str, object]:
+    """GPT-NeoX's configuration files beside the ranks', under names with underscores."""
+    folder = os.path.join(folder, _CONFIGS)
+    if not sources.is_dir(folder):
+        return {}
+    import yaml
+
+    merged: dict[str, object] = {}
+    names = [name for name in listing(folder) if name.endswith((".yml", ".yaml", ".json"))]
+    for name in names[:_MOST_CONFIGS]:
+        path = os.path.join(folder, name)
+        try:
+            values = yaml.safe_load(sources.read(path)[:_MOST_CONFIG_BYTES])
+        except (ValueError, RecursionError, yaml.YAMLError) as error:
+            raise CorruptError(
+                f"{path} cannot be read",
+                found=str(error).splitlines()[0][:200] if str(error) else type(error).__name__,
+                expected="GPT-NeoX's configuration in YAML",
+                fix="copy the file again, or take the folder configs away and use --set",
+            ) from error
+        if isinstance(values, dict):
+            merged |= {
+                str(key).replace("-", "_"): value for key, value in plain_entries(values).items()
+            }
+    return merged
+
+
+def refuse_unreadable(folder: str) -> None:
+    """Raise for what DeepSpeed keeps elsewhere than in the files this reads.
+
+    Raises:
+        UnsupportedError: ZeRO-3's flat parts, or experts.
+    """
+    names = listing(folder)
+    if found := [name for name in names if _ZERO_3.fullmatch(name)]:
+        raise UnsupportedError(
+            f"{folder} holds the weights in flat parts of ZeRO stage 3",
+            found=f"{found[0]} ({len(found)} such files)",
+            expected="layer files, mp_rank files with the model, or a universal checkpoint",
+            fix="make it a universal checkpoint: python -m deepspeed.checkpoint.ds_to_universal",
+        )
+    if found := [name for name in names if _EXPERTS.fullmatch(name)]:
+        raise UnsupportedError(
+            "the checkpoint has parameters of a mixture of experts; mtt cannot convert those yet",
+            found=found[0],
+            expected="a dense GPT",
+        )
+
+
+def left_out(folder: str, content: Mapping[str, object]) -> dict[str, tuple[str, ...]]:
+    """Kinds of state that are not read, with what holds them."""
+    kinds: dict[str, set[str]] = {}
+    for key in content:
+        if (kind := STATE.get(str(key))) and content[key] is not None:
+            kinds.setdefault(kind, set()).add(str(key))
+    if any(_OPTIMIZER.fullmatch(name) for name in listing(folder)):
+        kinds.setdefault("optimizer", set()).add("*_optim_states.pt")
+    return {kind: tuple(sorted(names)) for kind, names in sorted(kinds.items())}
+
+
+def tensor_parallel_size(args: Mapping[str, object] | None) -> int | None:
+    """The tensor-parallel size the arguments name."""
+    for name in _SIZES:
+        value = (args or {}).get(name)
+        if type(value) is int and value > 0:
+            return value
+    return None
+
+
+def pipeline_size(states: RankStates | None, tp: int) -> int:
+    """Pipeline stages of the run that saved, as far as the files say; 1 if they do not."""
+    if states is None:
+        return 1
+    args = states.args or {}
+    for name in ("pipeline_model_parallel_size", "pipe_parallel_size"):
+        value = args.get(name)
+        if type(value) is int and value > 0:
+            return value
+    world = scalar(states.content, "mp_world_size", states.where)
+    return world // tp if isinstance(world, int) and world >= tp and world % tp == 0 else 1
+
+
+def iteration_of(place: Place, states: RankStates | None) -> int | None:
+    """The iteration the tag names, or the one the files say; a tag counts DeepSpeed's own steps."""
+    if place.iteration is not None or states is None:
+        return place.iteration
+    said = scalar(states.content, "iteration", states.where)
+    return said if isinstance(said, int) else None
+
+
+def true_vocabulary(states: RankStates | None) -> int | None:
+    """Rows that are tokens, which Megatron-DeepSpeed and BigScience note since 2022."""
+    for key in ("universal_checkpoint_info", "checkpoint_info"):
+        info = states.content.get(key) if states else None
+        size = info.get("original_vocab_size") if isinstance(info, dict) else None
+        if type(size) is int and 0 < size < 2**31:
+            return size
+    return None
+
+
+def check_ranks_agree(ranks: Iterable[RankStates]) -> None:
+    """Hold ranks' stamps against each other.
+
+    Raises:
+        InconsistentError: they stem from different iterations.
+    """
+    ranks = list(ranks)
+    for key in ("iteration", "checkpoint_version"):
+        first = scalar(ranks[0].content, key, ranks[0].where)
+        for rank in ranks[1:]:
+            if (found := scalar(rank.content, key, rank.where)) != first:
+                raise InconsistentError(
+                    f"ranks disagree about {key}; nothing was written",
+                    found=f"{found} in {rank.where}",
+                    expected=f"{first}, as in {ranks[0].where}",
+                    fix="use files of one and the same save",
+                )
+
+
+def numbered(modules: Mapping[int, Iterable[str]], where: str) -> tuple[dict[int, str], str]:
+    """What a module's parameters are called here, by what they are.
+
+    Args:
+        modules: a module's number in the pipeline -> its parameters' names.
+        where: the files, for messages.
+
+    Returns:
+        Number -> prefix, `layers.N.` for a layer and nothing for all others; and where layers
+        begin, in words.
+
+    Raises:
+        IncompleteError: a layer's number is left out.
+    """
+    layers = sorted(n for n, names in modules.items() if any(map(_OF_LAYER.fullmatch, names)))
+    if not layers:
+        raise IncompleteError(
+            f"there are no layers in {where}",
+            found=f"modules {', '.join(map(str, sorted(modules)))}",
+            expected="modules with attention and an MLP",
+        )
+    first, last = layers[0], layers[-1]
+    if len(layers) != last - first + 1:
+        absent = next(n for n in range(first, last) if n not in layers)
+        raise IncompleteError(
+            "a layer is missing; nothing was written",
+            found=f"{len(layers)} layers between modules {first} and {last} in {where}",
+            expected=f"a layer in module {absent} of the pipeline",
+            fix="copy its files again from where they were written",
+        )
+    prefixes = {n: f"layers.{n - first}." if first <= n <= last else "" for n in modules}
+    writer = _WRITERS.get((min(modules), first), "no release known")
+    return prefixes, f"layers in modules {first} to {last} ({writer})"

@@ -1,0 +1,167 @@
+"""DeepSpeed's universal checkpoints: a folder for each parameter, tensor-parallel ranks merged.
+
+    global_step1000_universal/zero/2.mlp.dense_4h_to_h.weight/fp32.pt    {"param": tensor, ...}
+                                                              exp_avg.pt, exp_avg_sq.pt, step.pt
+                              zero/optimizer_state.pt
+                              mp_rank_00_model_states.pt                 args; its module is None
+
+    2.self_attention...                    module 2 of a pipeline
+    tied_modules.embed.word_embeddings...  modules that are used twice
+    language_model.encoder...              without a pipeline
+
+Weights are float32. The vocabulary is cut to its true size. Where a matrix has two halves, as gate
+and up of a gated MLP, `param_n_sub_params` says that each was merged on its own; in older files
+without it ranks stand one after another.
+(deepspeed/checkpoint/ds_to_universal.py, 0.16.9.)
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+
+from .. import sources
+from ..checkpoint import Layout, RawCheckpoint, Shard
+from ..errors import CorruptError, IncompleteError, InconsistentError
+from ..sources import listing
+from ..tensors import LazyTensor
+from .deepspeed import (
+    AVERAGE,
+    iteration_of,
+    left_out,
+    numbered,
+    pipeline_size,
+    rank_files,
+    read_rank,
+    tensor_parallel_size,
+    true_vocabulary,
+)
+from .folders import Place
+from .state_dicts import Dropped, tensors_of
+from .torch_zip import load
+from .values import version
+
+NAME = "deepspeed_universal"
+_WEIGHTS, _ZERO = "fp32.pt", "zero"
+_NUMBERED = re.compile(r"(?:sequential\.)?(0|[1-9]\d{0,6})\.(.+)")
+_TIED = re.compile(r"tied_modules\.[A-Za-z_]\w{0,60}\.(.+)")
+_GATED = re.compile(r"(.*\.)?mlp\.dense_h_to_4h\.(weight|bias)")
+
+
+def holds_model(folder: str) -> bool:
+    """Whether the folder has folders of parameters."""
+    zero = os.path.join(folder, _ZERO)
+    if not sources.is_dir(zero):
+        return False
+    return any(sources.is_file(os.path.join(zero, name, _WEIGHTS)) for name in listing(zero))
+
+
+def open_folder(place: Place, skip_keys: frozenset[str] = frozenset()) -> RawCheckpoint:
+    """Read the metadata of all parameters and of the first rank.
+
+    Args:
+        place: the folder of one tag.
+        skip_keys: of no use here: beside the model, tensors are known state.
+
+    Raises:
+        IncompleteError: a parameter's weights are missing.
+        CorruptError, UnsafePickleError: a file cannot be read as data.
+    """
+    folder = place.folder
+    numbers = rank_files(folder)
+    states = read_rank(numbers[min(numbers)]) if numbers else None
+    args = dict(states.args) if states and states.args is not None else None
+    tp = tensor_parallel_size(args) or 1
+    gated = args is not None and args.get("swiglu") is True
+    dropped: Dropped = defaultdict(list)
+    named = _parameters(os.path.join(folder, _ZERO), tp if gated else 1, dropped)
+    tensors, note = _renamed(named, folder)
+    for name, tensor in tensors.items():
+        if args is not None and name.endswith("word_embeddings.weight") and tensor.shape:
+            args["padded_vocab_size"] = tensor.shape[0]
+    left = left_out(folder, states.content if states else {})
+    left["optimizer"] = tuple(sorted({*left.get("optimizer", ()), "exp_avg.pt and the like"}))
+    left |= {kind: tuple(sorted(set(names))) for kind, names in dropped.items()}
+    return RawCheckpoint(
+        format=NAME,
+        folder=folder,
+        layout=Layout(tp, pipeline_size(states, tp)),
+        shards=(Shard(f"{_ZERO}/*/{_WEIGHTS}", tensors, args),),
+        iteration=iteration_of(place, states),
+        args=args,
+        checkpoint_version=version(states.content, states.path, missing=3.0) if states else 3.0,
+        is_stamped=states is not None and states.content.get("checkpoint_version") is not None,
+        dropped=left,
+        evidence=(f"{len(named)} folders with {_WEIGHTS} in {_ZERO}, {note}",),
+        num_files=len(named),
+        iterations=place.iterations,
+        replicated=AVERAGE,
+        vocab_size=true_vocabulary(states),
+    )
+
+
+def _parameters(zero: str, tp: int, dropped: Dropped) -> dict[str, LazyTensor]:
+    """Name -> whole parameter."""
+    tensors = {}
+    for name in listing(zero):
+        folder = os.path.join(zero, name)
+        if not sources.is_dir(folder):
+            continue
+        path = os.path.join(folder, _WEIGHTS)
+        if not sources.is_file(path):
+            raise IncompleteError(
+                f"{folder} has no weights; nothing was written",
+                found=", ".join(listing(folder)[:4]) or "an empty folder",
+                expected=_WEIGHTS,
+                fix="copy that file again",
+            )
+        content = load(path)
+        if not isinstance(content, dict) or not isinstance(content.get("param"), LazyTensor):
+            raise CorruptError(
+                f"{path} is no parameter of a universal checkpoint",
+                found=type(content).__name__,
+                expected="a dict with the tensor param",
+            )
+        for tensor in tensors_of({name: content["param"]}, name, path, dropped).values():
+            tensors[name] = _halves_joined(name, tensor, content, tp)
+    return tensors
+
+
+def _halves_joined(
+    name: str, tensor: LazyTensor, content: Mapping[str, object], tp: int
+) -> LazyTensor:
+    """A gated matrix as [gate | up] where ranks' [gate_r | up_r] stand one after another."""
+    merged = content.get("param_n_sub_params") == 2
+    if merged or tp == 1 or not _GATED.fullmatch(name) or tensor.shape[0] % (2 * tp):
+        return tensor
+    size = tensor.shape[0] // (2 * tp)
+    rest = range(3, len(tensor.shape) + 2)
+    return tensor.unflatten(0, tp, 2, size).permute(1, 0, 2, *rest).flatten(0, 3)
+
+
+def _renamed(named: Mapping[str, LazyTensor], folder: str) -> tuple[dict[str, LazyTensor], str]:
+    """Names as files of layers have them, or as they are where no module has a number."""
+    hits = {name: hit for name in named if (hit := _NUMBERED.fullmatch(name))}
+    if not hits:
+        return dict(named), "no pipeline"
+    modules: dict[int, list[str]] = defaultdict(list)
+    for hit in hits.values():
+        modules[int(hit[1])].append(hit[2])
+    prefixes, note = numbered(modules, folder)
+    tensors: dict[str, LazyTensor] = {}
+    for name, tensor in named.items():
+        if hit := hits.get(name):
+            new = prefixes[int(hit[1])] + hit[2]
+        else:
+            tied = _TIED.fullmatch(name)
+            new = tied[1] if tied else name
+        if new in tensors:
+            raise InconsistentError(
+                "two modules of the pipeline have one parameter; nothing was written",
+                found=f"{name}, and another {new}",
+                expected="every parameter once",
+            )
+        tensors[new] = tensor
+    return tensors, note
