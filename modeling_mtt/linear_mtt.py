@@ -4,10 +4,12 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
-from torch.nn.modules import module as module_hooks
+from torch.nn.modules import module as modules
 
-# Weights of fewer values fit a cache near the core, where MKL starts sooner.
+# Weights of fewer values are read sooner by MKL, which has less to prepare. On one thread that
+# holds for more of them: then oneDNN only wins where MKL reads weights several times.
 SMALLEST_FOR_ONEDNN = 2**18
+SMALLEST_ON_ONE_THREAD = 2**20
 
 # PyTorch multiplies float32 by MKL, which uses one thread for one row and reads weights several
 # times for a few. oneDNN does neither. It has no name in Python but this operator's, which
@@ -28,31 +30,40 @@ def project(linear: nn.Module, states: torch.Tensor) -> torch.Tensor:
         states (`torch.Tensor`): `[..., in_features]`.
     """
     output: torch.Tensor
-    if _ONEDNN is None or torch.compiler.is_compiling() or not _is_plain(linear, states):
+    if (
+        torch.is_grad_enabled()
+        or type(linear) is not nn.Linear
+        or torch.compiler.is_compiling()
+        or not _is_plain(linear, states)
+    ):
         output = linear(states)
-    else:
-        output = _ONEDNN(states, linear.weight, linear.bias, "none", [], "")
-    return output
+        return output
+    # Without `nn.Module.__getattr__`, which takes a small model as long as what it looks for.
+    weight, bias = linear._parameters["weight"], linear._parameters["bias"]
+    assert weight is not None and _ONEDNN is not None
+    smallest = SMALLEST_FOR_ONEDNN if torch.get_num_threads() > 1 else SMALLEST_ON_ONE_THREAD
+    if weight.numel() < smallest:
+        return nn.functional.linear(states, weight, bias)
+    return _ONEDNN(states, weight, bias, "none", [], "")
 
 
-def _is_plain(linear: nn.Module, states: torch.Tensor) -> bool:
-    if type(linear) is not nn.Linear:
-        return False
-    weight = linear.weight
+def _is_plain(linear: nn.Linear, states: torch.Tensor) -> bool:
+    weight = linear._parameters.get("weight")
     return (
-        type(states) is torch.Tensor
+        _ONEDNN is not None
         and type(weight) is nn.Parameter
+        and type(states) is torch.Tensor
+        and weight.is_cpu
+        and states.is_cpu
         and states.dtype == weight.dtype == torch.float32
-        and states.device.type == weight.device.type == "cpu"
-        and weight.numel() >= SMALLEST_FOR_ONEDNN
         and states.numel() > 0
-        and not torch.is_grad_enabled()
-        and not torch.is_autocast_enabled("cpu")
-        and bool(torch.backends.mkldnn.enabled)
-        and "forward" not in linear.__dict__
         and not linear._forward_hooks
         and not linear._forward_pre_hooks
-        and not module_hooks._has_any_global_hook()
+        and "forward" not in linear.__dict__
+        and not modules._global_forward_hooks
+        and not modules._global_forward_pre_hooks
+        and torch._C._get_mkldnn_enabled()
+        and not torch.is_autocast_enabled("cpu")
         and not torch._C._is_tracing()
         and torch._C._len_torch_dispatch_stack() == 0
     )

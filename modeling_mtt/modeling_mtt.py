@@ -642,7 +642,9 @@ class MTTModel(MTTPreTrainedModel):
         inputs_embeds = _multiply(inputs_embeds, self.config.embedding_multiplier)
         if self.embed_norm is not None:
             inputs_embeds = self.embed_norm(inputs_embeds)
-        return nn.functional.dropout(inputs_embeds, self.config.hidden_dropout, self.training)
+        if self.training:
+            inputs_embeds = nn.functional.dropout(inputs_embeds, self.config.hidden_dropout)
+        return inputs_embeds
 
     def _check_positions(
         self, position_ids: torch.Tensor, length: int | torch.Tensor | None

@@ -114,12 +114,12 @@ def rotation_of_heads(
     Returns:
         Factors of a head's values, and of those exchanged: `[batch or 1, sequence, 1, rotated]`.
     """
-    signs = torch.ones(sin.shape[-1], dtype=sin.dtype, device=sin.device)
     if interleave:
-        signs[0::2] = -1
+        sin = torch.stack((-sin[..., 0::2], sin[..., 1::2]), dim=-1).flatten(-2)
     else:
-        signs[: len(signs) // 2] = -1
-    return cos.unsqueeze(2), (sin * signs).unsqueeze(2)
+        first, second = sin.chunk(2, dim=-1)
+        sin = torch.cat((-first, second), dim=-1)
+    return cos.unsqueeze(2), sin.unsqueeze(2)
 
 
 def rotate_heads(

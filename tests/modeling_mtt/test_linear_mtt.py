@@ -25,6 +25,7 @@ def calls(monkeypatch):
 
     monkeypatch.setattr(linear_mtt, "_ONEDNN", counting)
     monkeypatch.setattr(linear_mtt, "SMALLEST_FOR_ONEDNN", 64)
+    monkeypatch.setattr(linear_mtt, "SMALLEST_ON_ONE_THREAD", 64)
     return seen
 
 
