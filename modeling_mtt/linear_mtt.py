@@ -1,4 +1,4 @@
-"""Matrix products on a CPU by the faster of the two libraries that PyTorch brings."""
+"""Linear layers: built without values, and on a CPU multiplied by the faster library."""
 
 from collections.abc import Callable
 
@@ -17,6 +17,19 @@ SMALLEST_ON_ONE_THREAD = 2**20
 _ONEDNN: Callable[..., torch.Tensor] | None = None
 if torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available():
     _ONEDNN = getattr(getattr(torch.ops.mkldnn, "_linear_pointwise", None), "default", None)
+
+
+def build_linear(in_features: int, out_features: int, bias: bool) -> nn.Linear:
+    """Return an `nn.Linear` whose values a checkpoint or `_init_weights` has yet to give.
+
+    `nn.Linear` draws its own, on the meta device too: a tenth of the time that loading takes.
+    """
+    linear = nn.Linear.__new__(nn.Linear)
+    nn.Module.__init__(linear)
+    linear.in_features, linear.out_features = in_features, out_features
+    linear.weight = nn.Parameter(torch.empty(out_features, in_features))
+    linear.register_parameter("bias", nn.Parameter(torch.empty(out_features)) if bias else None)
+    return linear
 
 
 def project(linear: nn.Module, states: torch.Tensor) -> torch.Tensor:

@@ -46,7 +46,7 @@ from .attention_mtt import (
 )
 from .cache_mtt import growing_cache, let_grow
 from .configuration_mtt import MTTConfig
-from .linear_mtt import project
+from .linear_mtt import build_linear, project
 from .parallel_mtt import (
     check_combination,
     check_continuous_batching,
@@ -173,9 +173,9 @@ class MTTMLP(nn.Module):
         hidden_size, intermediate_size = config.hidden_size, config.intermediate_size
         self.gate_proj = None
         if config.gated_mlp:
-            self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=config.mlp_bias)
-        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=config.mlp_bias)
+            self.gate_proj = build_linear(hidden_size, intermediate_size, bias=config.mlp_bias)
+        self.up_proj = build_linear(hidden_size, intermediate_size, bias=config.mlp_bias)
+        self.down_proj = build_linear(intermediate_size, hidden_size, bias=config.mlp_bias)
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -208,10 +208,10 @@ class MTTAttention(nn.Module):
 
         query_size = config.num_attention_heads * self.head_dim
         key_value_size = config.num_key_value_heads * self.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.attention_bias)
-        self.k_proj = nn.Linear(config.hidden_size, key_value_size, bias=config.attention_bias)
-        self.v_proj = nn.Linear(config.hidden_size, key_value_size, bias=config.attention_bias)
-        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.attention_out_bias)
+        self.q_proj = build_linear(config.hidden_size, query_size, bias=config.attention_bias)
+        self.k_proj = build_linear(config.hidden_size, key_value_size, bias=config.attention_bias)
+        self.v_proj = build_linear(config.hidden_size, key_value_size, bias=config.attention_bias)
+        self.o_proj = build_linear(query_size, config.hidden_size, bias=config.attention_out_bias)
         self.q_norm = build_norm(config, self.head_dim) if config.use_qk_norm else None
         self.k_norm = build_norm(config, self.head_dim) if config.use_qk_norm else None
 
@@ -692,7 +692,7 @@ class MTTForCausalLM(MTTPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = MTTModel(config)
         self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = build_linear(config.hidden_size, config.vocab_size, bias=False)
 
         self.post_init()
 

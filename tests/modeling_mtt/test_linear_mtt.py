@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from modeling_mtt import linear_mtt
-from modeling_mtt.linear_mtt import project
+from modeling_mtt import MTTForCausalLM, linear_mtt
+from modeling_mtt.linear_mtt import build_linear, project
 
 ONEDNN = linear_mtt._ONEDNN
 
@@ -100,3 +100,21 @@ def test_adapters_are_used(tiny_model, calls):
     assert num_plain == 3 * 7 + 1
     assert len(calls) == num_plain + 3 * 5 + 1
     assert not torch.allclose(plain, adapted)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_layer_without_values_is_a_layer(bias):
+    built, plain = build_linear(3, 5, bias), nn.Linear(3, 5, bias=bias)
+    assert type(built) is nn.Linear and repr(built) == repr(plain)
+    built.load_state_dict(plain.state_dict())
+    states = torch.randn(2, 3)
+    assert torch.equal(built(states), plain(states))
+
+
+def test_a_new_model_has_the_values_of_its_initialisation(tiny_config):
+    model = MTTForCausalLM(tiny_config("gpt", initializer_range=0.02))
+    for name, parameter in model.named_parameters():
+        if name.endswith("proj.weight"):
+            assert 0.015 < parameter.std() < 0.025, name
+        if name.endswith("proj.bias"):
+            assert not parameter.any(), name
