@@ -133,7 +133,8 @@ class TestArchives:
         archive(golden, tmp_path / "llama.nemo", CONFIG_1)
         code, out, _ = run("inspect", tmp_path)
         assert code == 0
-        assert "nemo (a tar of model_config.yaml and 4 model_weights.ckpt;" in out
+        assert "format       nemo" in out
+        assert "a tar of model_config.yaml and 4 model_weights.ckpt" in out
         assert "layout       TP2 x PP2" in out
 
     def test_from_a_url(self, golden: Golden, tmp_path: Path) -> None:
