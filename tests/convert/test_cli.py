@@ -118,6 +118,30 @@ def test_diff_finds_what_differs(golden, tmp_path: Path, capsys: pytest.CaptureF
     assert "only in" in capsys.readouterr().out
 
 
+def test_diff_reads_both_as_they_were_converted(
+    golden, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Rows in another order than the stamp says, and arguments that are not in the checkpoint."""
+    source = str(golden("legacy/v2.0-RELABEL-v0-order-stamped-3.0-gpt2-tp1pp1"))
+    options = ["--qkv-order", "block", "--set", "vocab_size=497"]
+    out = str(tmp_path / "out")
+    assert main(["convert", source, out, "--tokenizer", "none", *options]) == 0
+    capsys.readouterr()
+    code, body = run_json(capsys, "diff", source, out, *options)
+    assert (code, body["status"], body["differences"]) == (0, "equal", [])
+    code, body = run_json(capsys, "diff", out, source)
+    assert (code, body["status"]) == (1, "different")
+    assert {item["name"].split(".")[4] for item in body["differences"]} <= {
+        "q_proj",
+        "k_proj",
+        "v_proj",
+    }
+    assert main(["diff", out, out, *options]) == 2
+    assert "--set or --config, --qkv-order: only for a Megatron checkpoint" in (
+        capsys.readouterr().err
+    )
+
+
 def test_generate_from_a_folder_and_from_shards(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -349,6 +373,14 @@ def test_other_systems(monkeypatch: pytest.MonkeyPatch) -> None:
     kilobytes = console.peak_rss()
     monkeypatch.setattr(sys, "platform", "darwin")
     assert console.peak_rss() < kilobytes
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="getrusage counts otherwise there")
+def test_peak_memory_is_that_of_the_process_alone() -> None:
+    large = b"x" * 300_000_000
+    code = "from mtt_convert.commands import console; print(console.peak_rss())"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+    assert 5_000_000 < int(result.stdout) < len(large)
 
 
 def test_from_megatron_refuses_what_it_does_not_know() -> None:
