@@ -84,7 +84,7 @@ def _recognised(folder: str) -> UnsupportedError | None:
     except UnsupportedError as refusal:
         return refusal
     names = set(listing(folder))
-    found, fix = None, ""
+    found = fix = ""
     if {".metadata", "common.pt"} <= names and "metadata.json" not in names:
         return UnsupportedError(
             f"{folder} is an incomplete torch_dist checkpoint",
@@ -101,7 +101,7 @@ def _recognised(folder: str) -> UnsupportedError | None:
     elif "config.json" not in names and any(n.endswith(".safetensors") for n in names):
         found = "safetensors files without a config.json"
         fix = "copy the model's config.json beside them"
-    if found is None:
+    if not found:
         return None
     return UnsupportedError(
         f"{folder} cannot be read as a checkpoint",

@@ -265,7 +265,7 @@ def test_only_commands_that_write_say_that_nothing_was_written(root: Path) -> No
         assert json.loads(printed)["message"] == "iter_0000010 is incomplete"
 
 
-def test_nothing_there(tmp_path: Path, out: Path) -> None:
+def test_a_place_that_is_not_there(tmp_path: Path, out: Path) -> None:
     _says(
         f"""\
 error: {tmp_path}/typo does not exist
