@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from mtt_convert.cli import build_parser, main, printable
 from mtt_convert.commands import console
 from mtt_convert.commands import convert as convert_command
 from mtt_convert.version import __version__
+from tests.convert.surgery import edited
 
 SAMPLE = str(Path(__file__).parents[2] / "convert" / "sample")
 COMMANDS = ("demo", "inspect", "convert", "diff", "verify", "generate", "estimate", "push")
@@ -151,6 +153,21 @@ def test_generate_from_a_folder_and_from_shards(
     for source in (SAMPLE, str(tmp_path / "out")):
         assert main(["generate", source, "--prompt", example["prompt"]]) == 0
         assert capsys.readouterr().out == example["text"] + "\n"
+
+
+def test_generate_takes_copies_as_it_is_told(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    root = tmp_path / "root"
+    shutil.copytree(SAMPLE, root)
+    with edited(root / "iter_0001000" / "mp_rank_01_000" / "model_optim_rng.pt") as content:
+        content["model"]["decoder.layers.0.input_layernorm.weight"] += 1
+    command = ["generate", str(root), "--prompt", "Once upon a time", "--max-new-tokens", "4"]
+    assert main(command) == 3
+    name = "decoder.layers.0.self_attention.linear_qkv.layer_norm_weight"
+    assert f"copies of {name} differ\n" in capsys.readouterr().err
+    assert main(["generate", SAMPLE, *command[2:]]) == 0
+    expected = capsys.readouterr().out
+    assert main([*command, "--replicated", "first"]) == 0
+    assert capsys.readouterr().out == expected
 
 
 def test_set_and_config_complete_a_checkpoint(
