@@ -97,6 +97,7 @@ def _model_rows(a: Architecture, num_parameters: int, dtype: str) -> Rows:
         ("Norm of queries and keys", "yes" if a.qk_layernorm else None),
         ("Activation", a.activation),
         ("Norm", f"{a.normalization}, epsilon {a.layernorm_epsilon:g}{centred}"),
+        ("Norm after the embedding", "yes" if a.embedding_norm else None),
         ("Residuals", "parallel" if a.parallel_residual else None),
         ("Biases", biases if a.has_qkv_bias else "none"),
         ("Positions", _positions(a)),
@@ -110,7 +111,8 @@ def _model_rows(a: Architecture, num_parameters: int, dtype: str) -> Rows:
 def _positions(a: Architecture) -> str:
     length = f"{a.max_position_embeddings:,}"
     if a.position_embedding_type != "rope":
-        return {"none": "none"}.get(a.position_embedding_type, f"learned, {length}")
+        others = {"none": "none", "alibi": f"ALiBi, trained on {length}"}
+        return others.get(a.position_embedding_type, f"learned, {length}")
     facts = [f"rotary, {length}", f"base {a.rotary_base:g}"]
     if a.rotary_percent != 1:
         facts.append(f"{a.rotary_percent:.0%} of each head")
@@ -174,7 +176,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 path = "FOLDER"
 model = AutoModelForCausalLM.from_pretrained(path, device_map="auto"{trust})
-tokenizer = AutoTokenizer.from_pretrained(path)
+tokenizer = AutoTokenizer.from_pretrained(path{trust})
 inputs = tokenizer("Once upon a time", return_tensors="pt").to(model.device)
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=32)[0]))"""
 

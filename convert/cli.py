@@ -18,13 +18,14 @@ import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
-from typing import NoReturn
+from typing import NoReturn, TypeAlias
 
 from .errors import MTTError, UsageError
 from .version import __version__
 
 EXIT_DIFFERENT, EXIT_BUG, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 70, 130, 143
 _COMMANDS = ("demo", "inspect", "convert", "diff", "verify", "generate", "estimate", "push")
+_WRITING, _NOTHING_WRITTEN = ("demo", "convert", "push"), "; nothing was written"
 _PATHS = {
     "source": "CKPT",
     "target": "OUT",
@@ -41,6 +42,7 @@ _SIZES = (
     ("--ep", "--expert-model-parallel-size", "ranks that share the experts"),
     ("--etp", "--expert-tensor-parallel-size", "ranks that share one expert"),
 )
+Options: TypeAlias = "argparse._ArgumentGroup | argparse.ArgumentParser"
 LAYOUT_OPTIONS = (
     *(short for short, _, _ in _SIZES),
     "--pipeline-model-parallel-layout",
@@ -74,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _before_parsing(arguments)
     try:
         with _sigterm_interrupts():
-            args = build_parser().parse_args(arguments)
+            args = _parsed(arguments)
             _check_paths(args)
             handler = importlib.import_module(f".commands.{args.command}", __package__)
             return int(handler.run(args))
@@ -124,6 +126,16 @@ def _sigterm_interrupts() -> Iterator[None]:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
+def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
+    """All arguments; words that the command does not know lead to its own help."""
+    args, unknown = build_parser().parse_known_args(arguments)
+    if unknown:
+        raise UsageError(
+            f"unrecognized arguments: {' '.join(unknown)}", fix=f"see mtt {args.command} --help"
+        )
+    return args
+
+
 def _before_parsing(arguments: Sequence[str]) -> argparse.Namespace:
     """What errors of the parser need to know: whether to print JSON, and for which command."""
     command = arguments[0] if arguments and arguments[0] in _COMMANDS else None
@@ -154,6 +166,8 @@ def _report(args: argparse.Namespace, code: str, error: MTTError, exit: int) -> 
     """Print the error that is being handled."""
     if args.debug:
         traceback.print_exc()
+    if args.command not in _WRITING:
+        error = MTTError(error.message.removesuffix(_NOTHING_WRITTEN), **_details(error))
     if getattr(args, "json", False):
         _print_json_error(args, code, error)
     details = {name: value and printable(value) for name, value in _details(error).items()}
@@ -214,7 +228,7 @@ def _command(
     return parser
 
 
-def _add_source_options(parser: argparse.ArgumentParser) -> None:
+def _add_source_options(parser: Options) -> None:
     """What every command that opens a Megatron checkpoint accepts."""
     parser.add_argument(
         "--iteration",
@@ -246,7 +260,16 @@ def _add_source_options(parser: argparse.ArgumentParser) -> None:
     _add_row_order(parser)
 
 
-def _add_row_order(parser: argparse.ArgumentParser) -> None:
+def _add_replicated(parser: Options) -> None:
+    parser.add_argument(
+        "--replicated",
+        choices=("error", "first", "average"),
+        help="if ranks hold different copies of a parameter (default: average for DeepSpeed's "
+        "checkpoints, whose copies drift, else error)",
+    )
+
+
+def _add_row_order(parser: Options) -> None:
     parser.add_argument(
         "--qkv-order",
         default="auto",
@@ -281,7 +304,7 @@ def _add_layout_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_upload_options(group: argparse._ArgumentGroup | argparse.ArgumentParser) -> None:
+def _add_upload_options(group: Options) -> None:
     group.add_argument(
         "--resume",
         action="store_true",
@@ -382,12 +405,7 @@ def _convert(commands: argparse._SubParsersAction[_Parser]) -> None:
         metavar="SIZE",
         help="per file (default: 5GB); a rank of a torch checkpoint is always one file",
     )
-    parser.add_argument(
-        "--replicated",
-        choices=("error", "first", "average"),
-        help="if ranks hold different copies of a parameter (default: average for DeepSpeed's "
-        "checkpoints, whose copies drift, else error)",
-    )
+    _add_replicated(parser)
     parser.add_argument(
         "--workers", type=int, metavar="N", help="threads (default: CPUs, at most 8)"
     )
@@ -420,9 +438,13 @@ def _diff(commands: argparse._SubParsersAction[_Parser]) -> None:
         "compare two checkpoints tensor by tensor, bit by bit",
         "mtt diff /checkpoints/tp4 /checkpoints/tp8",
         "mtt diff /checkpoints/gpt out",
+        "mtt diff /checkpoints/2020 out --qkv-order block     as it was converted",
     )
     parser.add_argument("first", metavar="A", help="a Megatron checkpoint or a Hugging Face folder")
     parser.add_argument("second", metavar="B", help="another one")
+    group = parser.add_argument_group("for each of the two that is of Megatron")
+    _add_source_options(group)
+    _add_replicated(group)
     _add_json(parser)
 
 
@@ -494,6 +516,7 @@ def _generate(commands: argparse._SubParsersAction[_Parser]) -> None:
     )
     parser.add_argument("--tokenizer", metavar="PATH", help="if it is not with the model")
     _add_source_options(parser)
+    _add_replicated(parser)
     _add_json(parser)
 
 

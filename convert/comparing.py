@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
-from . import manifest, sources
+from . import manifest, replicas, row_order, sources
 from .checkpoint import Checkpoint
 from .dtypes import DTYPES, DType
-from .errors import CorruptError, IncompleteError
+from .errors import CorruptError, IncompleteError, UsageError
 from .execute import Progress
 from .families import FAMILIES, Family
 from .formats import hf_safetensors
@@ -52,19 +52,41 @@ def diff(
     first: str | os.PathLike[str],
     second: str | os.PathLike[str],
     *,
+    iteration: int | None = None,
+    overrides: Mapping[str, object] | None = None,
+    skip_keys: Iterable[str] = (),
+    qkv_order: str = row_order.AUTO,
+    replicated: str | None = None,
     progress: Progress | None = None,
 ) -> Comparison:
     """Compare two checkpoints of any readable kind, bit by bit.
 
     Two Megatron checkpoints are compared under canonical names; if one is a Hugging Face folder,
     under its names; if both are and of two families, under canonical names again. Vocabulary
-    padding that only one of them has is left out, with a note.
+    padding that only one of them has is left out, with a note. Copies of a parameter that ranks
+    share are what a conversion takes of them: the first, or their mean.
+
+    Args:
+        first, second: see `open_checkpoint`.
+        iteration, overrides, skip_keys, qkv_order: the same, for each that is of Megatron.
+        replicated: see `convert`; copies are compared with each other only if it is said.
+        progress: called with (bytes done, bytes in all).
 
     Raises:
         SourceError: one of them cannot be read.
+        UsageError: options of a Megatron checkpoint, and neither of them is one.
     """
-    a, b = _Side(os.fspath(first)), _Side(os.fspath(second))
+    options: _Options = {
+        "iteration": iteration,
+        "overrides": overrides or {},
+        "skip_keys": tuple(skip_keys),
+        "qkv_order": qkv_order,
+    }
+    replicas.check_choice(replicated)
     notes: list[str] = []
+    a, b = (_Side(os.fspath(path), options, replicated, notes) for path in (first, second))
+    if a.is_hugging_face and b.is_hugging_face:
+        _refuse_options(options, replicated)
     left, right = _alike(a, b, notes)
     found = [Difference(n, "only_first", f"only in {first}") for n in left if n not in right]
     found += [Difference(n, "only_second", f"only in {second}") for n in right if n not in left]
@@ -83,18 +105,50 @@ def diff(
     return Comparison(num_equal, tuple(found), tuple(notes))
 
 
+class _Options(TypedDict):
+    """Options of `open_checkpoint`."""
+
+    iteration: int | None
+    overrides: Mapping[str, object]
+    skip_keys: tuple[str, ...]
+    qkv_order: str
+
+
 class _Side:
     """One of two checkpoints.
 
     A folder of safetensors files that is of no family mtt knows is only names and tensors.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(
+        self, path: str, options: _Options, replicated: str | None, notes: list[str]
+    ) -> None:
         self.path = path
         self.is_hugging_face = sources.is_dir(path) and hf_safetensors.holds_model(path)
         self.checkpoint: Checkpoint | None = None
-        if not self.is_hugging_face or _has_family(path):
+        if not self.is_hugging_face:
+            checkpoint = open_checkpoint(path, **options)
+            self.checkpoint, policy = replicas.settle(checkpoint, replicated)
+            if replicated is not None:
+                notes += replicas.compare(checkpoint.replicas, policy)
+        elif _has_family(path):
             self.checkpoint = open_checkpoint(path)
+
+
+def _refuse_options(options: _Options, replicated: str | None) -> None:
+    names = {
+        "--iteration": options["iteration"] is not None,
+        "--set or --config": bool(options["overrides"]),
+        "--skip-key": bool(options["skip_keys"]),
+        "--qkv-order": options["qkv_order"] != row_order.AUTO,
+        "--replicated": replicated is not None,
+    }
+    if given := ", ".join(name for name, on in names.items() if on):
+        raise UsageError(
+            f"{given}: only for a Megatron checkpoint",
+            found="two Hugging Face folders",
+            fix=f"leave out {given}",
+        )
 
 
 def _has_family(folder: str) -> bool:

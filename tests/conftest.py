@@ -108,10 +108,16 @@ def golden() -> Callable[[str], Path]:
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
     """A Hub that this process and those it starts talk to, with $HF_HOME in `tmp_path`."""
-    from huggingface_hub import constants
+    from huggingface_hub import HfFileSystem, constants
 
+    from mtt_convert import remote
     from tests.hub_server import TOKEN, HubServer
 
+    def forget() -> None:
+        HfFileSystem.clear_instance_cache()  # they keep the address of the Hub before
+        remote._systems.pop("hf", None)
+
+    forget()
     with HubServer() as server:
         template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(constants, "ENDPOINT", server.url)
@@ -129,6 +135,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
             monkeypatch.setenv(name, value)
         server.token = TOKEN
         yield server
+    forget()
 
 
 @pytest.fixture(autouse=True)

@@ -327,6 +327,10 @@ class _Handler(BaseHTTPRequestHandler):
             "X-Linked-Size": str(len(data)),
             "Accept-Ranges": "bytes",
         }
+        if asked := re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", "")):
+            start, end = int(asked[1]), min(int(asked[2]) + 1, len(data))
+            headers["Content-Range"] = f"bytes {start}-{end - 1}/{len(data)}"
+            return self._answer(status=206, headers=headers, raw=data[start:end])
         return self._answer(headers=headers, raw=data)
 
 

@@ -6,7 +6,7 @@ import argparse
 import time
 from dataclasses import asdict
 
-from ..cli import EXIT_DIFFERENT
+from ..cli import EXIT_DIFFERENT, overrides
 from ..comparing import diff
 from .console import print_json, progress_bar, say
 
@@ -15,7 +15,16 @@ def run(args: argparse.Namespace) -> int:
     """Compare; 0 if all tensors are equal, 1 if not."""
     start = time.monotonic()
     with progress_bar("comparing") as progress:
-        result = diff(args.first, args.second, progress=progress)
+        result = diff(
+            args.first,
+            args.second,
+            iteration=args.iteration,
+            overrides=overrides(args),
+            skip_keys=args.skip_key,
+            qkv_order=args.qkv_order,
+            replicated=args.replicated,
+            progress=progress,
+        )
     different = bool(result.differences)
     if args.json:
         body = {

@@ -237,6 +237,7 @@ def _model(args: argparse.Namespace) -> PreTrainedModel:
             overrides=overrides(args),
             skip_keys=args.skip_key,
             qkv_order=args.qkv_order,
+            replicated=args.replicated,
             dtype=args.dtype,
             tokenizer=args.tokenizer,
             progress=progress,

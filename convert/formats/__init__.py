@@ -84,7 +84,7 @@ def _recognised(folder: str) -> UnsupportedError | None:
     except UnsupportedError as refusal:
         return refusal
     names = set(listing(folder))
-    found = None
+    found = fix = ""
     if {".metadata", "common.pt"} <= names and "metadata.json" not in names:
         return UnsupportedError(
             f"{folder} is an incomplete torch_dist checkpoint",
@@ -93,15 +93,19 @@ def _recognised(folder: str) -> UnsupportedError | None:
             fix="copy that file again",
         )
     elif ".zmetadata" in names or ".zarray" in names:
-        found = "a zarr checkpoint"
+        found = "a zarr array, or several under one .zmetadata"
+        fix = "give the folder above, with metadata.json and common.pt, if Megatron wrote it"
     elif "adapter_config.json" in names:
-        found = "a PEFT adapter: merge it into its model first, and save that"
+        found = "a PEFT adapter"
+        fix = "merge it into its model first, and save that"
     elif "config.json" not in names and any(n.endswith(".safetensors") for n in names):
         found = "safetensors files without a config.json"
-    if found is None:
+        fix = "copy the model's config.json beside them"
+    if not found:
         return None
     return UnsupportedError(
         f"{folder} cannot be read as a checkpoint",
         found=found,
-        expected="Megatron's torch or torch_dist format, or a Hugging Face folder",
+        expected="a checkpoint of Megatron, DeepSpeed or NeMo, or a Hugging Face folder",
+        fix=fix,
     )

@@ -68,7 +68,11 @@ def locate(path: str, iteration: int | None, holds_model: Callable[[str], bool])
         UsageError: the choice between several iterations is the user's.
     """
     if not sources.exists(path):
-        raise NotACheckpointError(f"{path} does not exist", expected="a checkpoint folder")
+        raise NotACheckpointError(
+            f"{path} does not exist",
+            expected="a checkpoint folder",
+            fix="check the path; what is on the Hub is hf://owner/repo",
+        )
     if not sources.is_dir(path):
         raise NotACheckpointError(
             f"{path} is a file",

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import re
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -136,6 +138,30 @@ def test_the_code_for_one_gpu_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "--tokenizer" not in commands
     assert "tokenizer" in one
     assert sys.modules["modeling_mtt"]
+
+
+def test_the_code_runs_where_mtt_is_not_installed(tmp_path: Path) -> None:
+    """Nothing is asked: model and tokenizer are both told to trust the folder's code."""
+    convert(SAMPLE, tmp_path / "FOLDER")
+    one, _ = blocks((tmp_path / "FOLDER" / "README.md").read_text(), "python")
+    hidden = "import sys; sys.modules['modeling_mtt'] = None\n"
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [sys.executable, "-c", hidden + one],
+        cwd=tmp_path,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("Once upon a time")
+
+
+def test_positions_and_norm_of_bloom(golden: Golden) -> None:
+    found = rows(card_of(golden("legacy/bigscience-8387ae17-bloom-tp2pp1"), tokenizer="none"))
+    assert found["Positions"].startswith("ALiBi, ")
+    assert found["Norm after the embedding"] == "yes"
 
 
 def test_no_tokenizer_is_loaded_where_there_is_none() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from mtt_convert.cli import build_parser, main, printable
 from mtt_convert.commands import console
 from mtt_convert.commands import convert as convert_command
 from mtt_convert.version import __version__
+from tests.convert.surgery import edited
 
 SAMPLE = str(Path(__file__).parents[2] / "convert" / "sample")
 COMMANDS = ("demo", "inspect", "convert", "diff", "verify", "generate", "estimate", "push")
@@ -118,6 +120,30 @@ def test_diff_finds_what_differs(golden, tmp_path: Path, capsys: pytest.CaptureF
     assert "only in" in capsys.readouterr().out
 
 
+def test_diff_reads_both_as_they_were_converted(
+    golden, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Rows in another order than the stamp says, and arguments that are not in the checkpoint."""
+    source = str(golden("legacy/v2.0-RELABEL-v0-order-stamped-3.0-gpt2-tp1pp1"))
+    options = ["--qkv-order", "block", "--set", "vocab_size=497"]
+    out = str(tmp_path / "out")
+    assert main(["convert", source, out, "--tokenizer", "none", *options]) == 0
+    capsys.readouterr()
+    code, body = run_json(capsys, "diff", source, out, *options)
+    assert (code, body["status"], body["differences"]) == (0, "equal", [])
+    code, body = run_json(capsys, "diff", out, source)
+    assert (code, body["status"]) == (1, "different")
+    assert {item["name"].split(".")[4] for item in body["differences"]} <= {
+        "q_proj",
+        "k_proj",
+        "v_proj",
+    }
+    assert main(["diff", out, out, *options]) == 2
+    assert "--set or --config, --qkv-order: only for a Megatron checkpoint" in (
+        capsys.readouterr().err
+    )
+
+
 def test_generate_from_a_folder_and_from_shards(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -127,6 +153,21 @@ def test_generate_from_a_folder_and_from_shards(
     for source in (SAMPLE, str(tmp_path / "out")):
         assert main(["generate", source, "--prompt", example["prompt"]]) == 0
         assert capsys.readouterr().out == example["text"] + "\n"
+
+
+def test_generate_takes_copies_as_it_is_told(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    root = tmp_path / "root"
+    shutil.copytree(SAMPLE, root)
+    with edited(root / "iter_0001000" / "mp_rank_01_000" / "model_optim_rng.pt") as content:
+        content["model"]["decoder.layers.0.input_layernorm.weight"] += 1
+    command = ["generate", str(root), "--prompt", "Once upon a time", "--max-new-tokens", "4"]
+    assert main(command) == 3
+    name = "decoder.layers.0.self_attention.linear_qkv.layer_norm_weight"
+    assert f"copies of {name} differ\n" in capsys.readouterr().err
+    assert main(["generate", SAMPLE, *command[2:]]) == 0
+    expected = capsys.readouterr().out
+    assert main([*command, "--replicated", "first"]) == 0
+    assert capsys.readouterr().out == expected
 
 
 def test_set_and_config_complete_a_checkpoint(
@@ -349,6 +390,14 @@ def test_other_systems(monkeypatch: pytest.MonkeyPatch) -> None:
     kilobytes = console.peak_rss()
     monkeypatch.setattr(sys, "platform", "darwin")
     assert console.peak_rss() < kilobytes
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="getrusage counts otherwise there")
+def test_peak_memory_is_that_of_the_process_alone() -> None:
+    large = b"x" * 300_000_000
+    code = "from mtt_convert.commands import console; print(console.peak_rss())"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+    assert 5_000_000 < int(result.stdout) < len(large)
 
 
 def test_from_megatron_refuses_what_it_does_not_know() -> None:

@@ -212,6 +212,12 @@ def test_drifted_copies_are_averaged(golden: Golden, tmp_path: Path) -> None:
     mean = ((first.double() + second.double()) / 2).float()
     assert torch.equal(_norm_of(tmp_path / "hf"), mean)
     assert mtt_convert.verify(tmp_path / "hf").problems == ()
+    assert mtt_convert.diff(root, tmp_path / "hf").differences == ()
+    with pytest.raises(InconsistentError, match="copies of"):
+        mtt_convert.diff(root, tmp_path / "hf", replicated="error")
+    other = mtt_convert.diff(root, tmp_path / "hf", replicated="first")
+    assert [item.kind for item in other.differences] == ["values"]
+    assert "1 parameter differs" in other.notes[0]
     direct = mtt_convert.from_megatron(root, tokenizer="none")
     assert torch.equal(direct.model.layers[1].input_layernorm.weight, mean)
 

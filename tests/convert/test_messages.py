@@ -256,6 +256,47 @@ error: the conversion of {out} did not finish
     )
 
 
+def test_only_commands_that_write_say_that_nothing_was_written(root: Path) -> None:
+    shutil.rmtree(shard(root, 1, 1).parent)
+    for command in (["inspect", root], ["generate", root, "--prompt", "a"], ["diff", root, root]):
+        code, _, err = run(*command)
+        assert (code, err.splitlines()[0]) == (3, "error: iter_0000010 is incomplete")
+        printed = run(*command, "--json")[1]
+        assert json.loads(printed)["message"] == "iter_0000010 is incomplete"
+
+
+def test_a_place_that_is_not_there(tmp_path: Path, out: Path) -> None:
+    _says(
+        f"""\
+error: {tmp_path}/typo does not exist
+  expected: a checkpoint folder
+  fix:      check the path; what is on the Hub is hf://owner/repo
+""",
+        3,
+        "convert",
+        tmp_path / "typo",
+        out,
+    )
+
+
+def test_weights_without_a_configuration(tmp_path: Path, out: Path) -> None:
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(b"")
+    _says(
+        f"""\
+error: {folder} cannot be read as a checkpoint
+  found:    safetensors files without a config.json
+  expected: a checkpoint of Megatron, DeepSpeed or NeMo, or a Hugging Face folder
+  fix:      copy the model's config.json beside them
+""",
+        3,
+        "convert",
+        folder,
+        out,
+    )
+
+
 # Usage
 
 
@@ -265,9 +306,9 @@ error: the conversion of {out} did not finish
         ([], "the following arguments are required: COMMAND", "mtt"),
         (["frob"], "argument COMMAND: invalid choice: 'frob'", "mtt"),
         (["convert", "a"], "the following arguments are required: OUT", "mtt convert"),
-        (["convert", "a", "b", "c"], "unrecognized arguments: c", "mtt"),
-        (["convert", "a", "b", "--no-such"], "unrecognized arguments: --no-such", "mtt"),
-        (["convert", "a", "b", "--dty", "float32"], "unrecognized arguments: --dty", "mtt"),
+        (["convert", "a", "b", "c"], "unrecognized arguments: c", "mtt convert"),
+        (["convert", "a", "b", "--no-such"], "unrecognized arguments: --no-such", "mtt convert"),
+        (["convert", "a", "b", "--dty", "float32"], "unrecognized arguments: --dty", "mtt convert"),
         (["convert", "a", "b", "--dtype", "int8"], "argument --dtype: ", "mtt convert"),
         (["convert", "a", "b", "--iteration", "x"], "argument --iteration", "mtt convert"),
         (["verify"], "the following arguments are required: OUT", "mtt verify"),
