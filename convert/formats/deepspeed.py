@@ -34,6 +34,7 @@ from .pickles import Record
 from .state_dicts import STATE
 from .torch_zip import load
 from .values import plain_arguments, plain_entries, scalar
+from .yaml_files import read_yaml
 
 _RANK_FILE = re.compile(r"mp_rank_(\d{2,6})_model_states\.pt")
 _ZERO_3 = re.compile(r"(bf16_|fp16_)?zero_pp_rank_\d+_mp_rank_\d+_model_states\.pt")
@@ -42,7 +43,7 @@ _OPTIMIZER = re.compile(r".*_optim_states\.pt")
 _OF_LAYER = re.compile(
     r"((self_)?attention|inter_attention|mlp|(input|post_attention|post_inter_attention)_(layer)?norm)\..*"
 )
-_CONFIGS, _MOST_CONFIG_BYTES, _MOST_CONFIGS = "configs", 1 << 20, 64
+_CONFIGS, _MOST_CONFIGS = "configs", 64
 _SIZES = ("tensor_model_parallel_size", "model_parallel_size")
 # First module with parameters, first layer -> who numbers them so.
 _WRITERS = {
@@ -101,25 +102,12 @@ def _configs(folder: str) -> dict[str, object]:
     folder = os.path.join(folder, _CONFIGS)
     if not sources.is_dir(folder):
         return {}
-    import yaml
-
     merged: dict[str, object] = {}
     names = [name for name in listing(folder) if name.endswith((".yml", ".yaml", ".json"))]
     for name in names[:_MOST_CONFIGS]:
         path = os.path.join(folder, name)
-        try:
-            values = yaml.safe_load(sources.read(path)[:_MOST_CONFIG_BYTES])
-        except (ValueError, RecursionError, yaml.YAMLError) as error:
-            raise CorruptError(
-                f"{path} cannot be read",
-                found=str(error).splitlines()[0][:200] if str(error) else type(error).__name__,
-                expected="GPT-NeoX's configuration in YAML",
-                fix="copy the file again, or take the folder configs away and use --set",
-            ) from error
-        if isinstance(values, dict):
-            merged |= {
-                str(key).replace("-", "_"): value for key, value in plain_entries(values).items()
-            }
+        values = plain_entries(read_yaml(sources.read(path), path))
+        merged |= {str(key).replace("-", "_"): value for key, value in values.items()}
     return merged
 
 

@@ -25,9 +25,10 @@ from ..errors import CorruptError, IncompleteError, SourceError, UnsupportedErro
 from ..mapping import shorten
 from ..tensors import LazyTensor
 from .folders import Place
-from .nemo_config import from_model_config, read_yaml
+from .nemo_config import from_model_config
 from .torch_zip import load
 from .values import plain_values
+from .yaml_files import read_yaml
 
 NAME = "nemo"
 ENDING = ".nemo"

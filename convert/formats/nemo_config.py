@@ -9,7 +9,7 @@ names of its own. What they share with Megatron's arguments keeps its name, so w
 refuses there it refuses here. A file that leaves out something that changes the computation,
 because the class it names decides it, is not used: mtt asks for the arguments instead.
 
-YAML is read as data: tags make nothing. (nemo/collections/llm/gpt/model/base.py,
+(nemo/collections/llm/gpt/model/base.py,
 megatron/bridge/models/gpt_provider.py, NeMo's megatron_gpt_config.yaml.)
 """
 
@@ -17,13 +17,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Any
 
 from .. import sources
-from ..errors import CorruptError, UnsupportedError
+from ..errors import UnsupportedError
+from .yaml_files import read_yaml
 
 Config = Mapping[str, object]
-_MOST_BYTES = 8 << 20
 # Without these a default of some class decides what the model computes.
 _TELLING = (
     "num_layers hidden_size num_attention_heads ffn_hidden_size normalization layernorm_epsilon "
@@ -85,35 +84,6 @@ def arguments_beside(folder: str) -> tuple[Config | None, str]:
     if missing := [key for key in _TELLING if config.get(key) is None]:
         return None, f"{name} of {writer} does not say {', '.join(missing)}"
     return _from_provider(config, path), f"{name} of {writer} says what the model is"
-
-
-def read_yaml(data: bytes, path: str) -> dict[str, Any]:
-    """A YAML file as plain values; what a tag would make is left out.
-
-    Raises:
-        CorruptError: it is no YAML mapping.
-    """
-    import yaml
-
-    loader_class: Any = type("PlainLoader", (yaml.SafeLoader,), {})
-
-    def plain(loader: Any, _: str, node: Any) -> object:
-        if isinstance(node, yaml.MappingNode):
-            return loader.construct_mapping(node, deep=True)
-        if isinstance(node, yaml.SequenceNode):
-            return loader.construct_sequence(node, deep=True)
-        return loader.construct_scalar(node)
-
-    loader_class.add_multi_constructor("", plain)
-    try:
-        content = yaml.load(data, loader_class) if len(data) <= _MOST_BYTES else None
-    except (yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise CorruptError(
-            f"{path} is damaged", found=str(error).splitlines()[0][:200], expected="YAML"
-        ) from error
-    if not isinstance(content, dict):
-        raise CorruptError(f"{path} is damaged", found=type(content).__name__, expected="a mapping")
-    return content
 
 
 def _from_provider(config: Config, path: str) -> dict[str, object]:
