@@ -203,19 +203,22 @@ def check_ranks_agree(ranks: Iterable[RankStates]) -> None:
                 )
 
 
-def numbered(modules: Mapping[int, Iterable[str]], where: str) -> tuple[dict[int, str], str]:
+def numbered(
+    modules: Mapping[int, Iterable[str]], where: str, *, has_args: bool
+) -> tuple[dict[int, str], str]:
     """What a module's parameters are called here, by what they are.
 
     Args:
         modules: a module's number in the pipeline -> its parameters' names.
         where: the files, for messages.
+        has_args: whether arguments say how many layers there are.
 
     Returns:
         Number -> prefix, `layers.N.` for a layer and nothing for all others; and where layers
         begin, in words.
 
     Raises:
-        IncompleteError: a layer's number is left out.
+        IncompleteError: a layer's number is left out, or may be.
     """
     layers = sorted(n for n, names in modules.items() if any(map(_OF_LAYER.fullmatch, names)))
     if not layers:
@@ -233,6 +236,29 @@ def numbered(modules: Mapping[int, Iterable[str]], where: str) -> tuple[dict[int
             expected=f"a layer in module {absent} of the pipeline",
             fix="copy its files again from where they were written",
         )
+    if not has_args:
+        _check_ends(modules, first, last, where)
     prefixes = {n: f"layers.{n - first}." if first <= n <= last else "" for n in modules}
     writer = _WRITERS.get((min(modules), first), "no release known")
     return prefixes, f"layers in modules {first} to {last} ({writer})"
+
+
+def _check_ends(modules: Mapping[int, Iterable[str]], first: int, last: int, where: str) -> None:
+    """Raise where the norm is not as far behind the layers as the embedding is before them.
+
+    Modules without parameters surround the layers of every release evenly. Without arguments
+    this alone shows that the first or the last layer is missing. An embedding that is tied has
+    no number in a universal checkpoint.
+    """
+    is_neox = any(name.startswith("attention.") for name in modules[last])
+    embedding = max((n for n in modules if n < first), default=0 if is_neox else 1)
+    norm = min((n for n in modules if n > last), default=None)
+    if norm is not None and norm - last != first - embedding:
+        raise IncompleteError(
+            "the first or the last layer seems to be missing; nothing was written",
+            found=f"layers in modules {first} to {last}, the embedding in {embedding} and the "
+            f"norm in {norm} in {where}",
+            expected="the same distance on both sides",
+            fix="copy all files of the tag again, mp_rank_00_model_states.pt with them: it says "
+            "how many layers there are",
+        )

@@ -77,7 +77,7 @@ def open_folder(place: Place, skip_keys: frozenset[str] = frozenset()) -> RawChe
     gated = args is not None and args.get("swiglu") is True
     dropped: Dropped = defaultdict(list)
     named = _parameters(os.path.join(folder, _ZERO), tp if gated else 1, dropped)
-    tensors, note = _renamed(named, folder)
+    tensors, note = _renamed(named, folder, has_args=args is not None)
     for name, tensor in tensors.items():
         if args is not None and name.endswith("word_embeddings.weight") and tensor.shape:
             args["padded_vocab_size"] = tensor.shape[0]
@@ -141,7 +141,9 @@ def _halves_joined(
     return tensor.unflatten(0, tp, 2, size).permute(1, 0, 2, *rest).flatten(0, 3)
 
 
-def _renamed(named: Mapping[str, LazyTensor], folder: str) -> tuple[dict[str, LazyTensor], str]:
+def _renamed(
+    named: Mapping[str, LazyTensor], folder: str, *, has_args: bool
+) -> tuple[dict[str, LazyTensor], str]:
     """Names as files of layers have them, or as they are where no module has a number."""
     hits = {name: hit for name in named if (hit := _NUMBERED.fullmatch(name))}
     if not hits:
@@ -149,7 +151,7 @@ def _renamed(named: Mapping[str, LazyTensor], folder: str) -> tuple[dict[str, La
     modules: dict[int, list[str]] = defaultdict(list)
     for hit in hits.values():
         modules[int(hit[1])].append(hit[2])
-    prefixes, note = numbered(modules, folder)
+    prefixes, note = numbered(modules, folder, has_args=has_args)
     tensors: dict[str, LazyTensor] = {}
     for name, tensor in named.items():
         if hit := hits.get(name):

@@ -17,6 +17,7 @@ import os
 import re
 import tarfile
 from collections import defaultdict
+from collections.abc import Collection
 from typing import BinaryIO, cast
 
 from .. import sources
@@ -36,6 +37,7 @@ _WEIGHTS = re.compile(
     r"(?:mp_rank_(?P<mp>\d+)/|tp_rank_(?P<tp>\d+)_pp_rank_(?P<pp>\d+)/)?model_weights\.ckpt"
 )
 _CONFIG = "model_config.yaml"
+_FOLDER = re.compile(r"mp_rank_\d+|tp_rank_\d+_pp_rank_\d+|model_weights\.ckpt")
 _WRAPPERS = re.compile(r"(model\.|module\.)+")
 _MOST_MEMBERS = 100_000
 
@@ -53,6 +55,11 @@ def archive_in(path: str) -> str | None:
         return None
     found = [name for name in sources.listing(path) if name.endswith(ENDING)]
     return os.path.join(path, found[0]) if len(found) == 1 else None
+
+
+def is_unpacked(names: Collection[str]) -> bool:
+    """Whether these names in a folder are those of an archive's members."""
+    return _CONFIG in names and any(_FOLDER.fullmatch(name) for name in names)
 
 
 def open_folder(place: Place, skip_keys: frozenset[str] = frozenset()) -> RawCheckpoint:

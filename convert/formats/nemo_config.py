@@ -58,6 +58,21 @@ _NEMO_NEUTRAL: dict[str, tuple[object, ...]] = {
     "headscale": (None, False),
     "attention_type": (None, "multihead"),
 }
+# Read below, or how a model was trained and run: nothing to warn of.
+_NEMO_KNOWN = frozenset(
+    (
+        "mcore_gpt precision bias_activation_fusion bias_gelu_fusion qkv_bias rotary_percentage "
+        "scale_positional_embedding share_embeddings_and_output_weights "
+        "activations_checkpoint_granularity activations_checkpoint_layers_per_pipeline "
+        "apex_transformer_log_level bias_dropout_add_fusion do_layer_norm_weight_decay "
+        "get_attention_mask_from_fusion grad_allreduce_chunk_size_mb grad_div_ar_fusion "
+        "gradient_as_bucket_view megatron_amp_O2 name native_amp_growth_interval "
+        "native_amp_init_scale nemo_version nsys_profile "
+        "num_micro_batches_with_partial_activation_checkpoints post_process pre_process "
+        "reduce_amax resume_from_checkpoint sync_batch_comm target transformer_engine "
+        "ub_tp_comm_overlap use_emha use_flash_attention use_scaled_init_method"
+    ).split()
+) | set(_NEMO_NEUTRAL)
 
 
 def arguments_beside(folder: str) -> tuple[Config | None, str]:
@@ -122,7 +137,7 @@ def from_model_config(config: Config, path: str) -> dict[str, object]:
     if odd or activation not in _NEMO_ACTIVATIONS or norm not in _NEMO_NORMS:
         named = [*odd, "activation", "normalization"]
         raise _unknown(path, ", ".join(f"{key} = {config.get(key)}" for key in named))
-    args = _scalars(config)
+    args = {name: value for name, value in _scalars(config).items() if name not in _NEMO_KNOWN}
     has_bias = config.get("bias", True) is True
     fused = config.get("bias_activation_fusion", config.get("bias_gelu_fusion", True)) is True
     args |= {**_NEMO_ACTIVATIONS[activation], **_NEMO_NORMS[norm]}

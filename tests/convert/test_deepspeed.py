@@ -20,6 +20,7 @@ from mtt_convert.errors import (
     MTTError,
     NotACheckpointError,
     UnsupportedError,
+    UsageError,
 )
 from mtt_convert.reading import FileReader
 from tests.convert.derived import copied, digest, edited, layer_files, read, resharded, write
@@ -31,8 +32,16 @@ GPT2_TP2 = "legacy/megatron-deepspeed-6acc370a-gpt2-tp2pp2"
 LLAMA = "legacy/megatron-deepspeed-6acc370a-llama-tp2pp1"
 BLOOM = "legacy/bigscience-8387ae17-bloom-tp2pp1"
 UNIVERSAL = "legacy/universal-6acc370a-gpt2-from-ZERO1bf16-tp2dp2"
+SINCE_2023 = "legacy/megatron-deepspeed-6acc370a-ZERO1bf16-gpt2-tp1pp1dp2"
+NO_PIPELINE = "legacy/megatron-deepspeed-6acc370a-NOPIPE-gpt2-tp2pp1"
 TAG = "global_step100"
 NAME = "layer_{:02d}-model_{:02d}-model_states.pt"
+SAID = {
+    "num_attention_heads": 4,
+    "layernorm_epsilon": 1e-5,
+    "bias_gelu_fusion": False,
+    "layernorm_zero_centered_gamma": False,
+}
 Digest = Callable[[str], str]
 
 
@@ -82,9 +91,38 @@ def test_without_rank_files_the_user_says_the_rest(
     root = copied(golden(GPT2), tmp_path / "root")
     for path in (root / TAG).glob("mp_rank_*"):
         path.unlink()
-    said = {"num_attention_heads": 4, "layernorm_epsilon": 1e-5, "bias_gelu_fusion": False}
-    said |= {"layernorm_zero_centered_gamma": False, "vocab_size": 497}
+    said = {**SAID, "vocab_size": 497}
     assert digest(root, tmp_path / "hf", overrides=said) == digest_of(GPT2)
+
+
+@pytest.mark.parametrize("name", [GPT2, SINCE_2023, UNIVERSAL])
+@pytest.mark.parametrize("end", [0, -1])
+def test_a_layer_missing_at_an_end_without_rank_files(
+    name: str, end: int, golden: Golden, tmp_path: Path
+) -> None:
+    """Nothing else says how many layers there are, and so the rest would look whole."""
+    root = copied(golden(name), tmp_path / "root")
+    for path in root.rglob("mp_rank_*"):
+        path.unlink()
+    mtt_convert.open_checkpoint(root, overrides=SAID)
+    if name == UNIVERSAL:
+        number = sorted(int(p.name[0]) for p in (root / "zero").glob("*.mlp.*"))[end]
+        for path in (root / "zero").glob(f"{number}.*"):
+            shutil.rmtree(path)
+    else:
+        layers = sorted(p for (n, _), p in layer_files(root / TAG).items() if "mlp" in str(read(p)))
+        layers[end].unlink()
+    says = "the first or the last layer"
+    refused(root, tmp_path / "out", IncompleteError, overrides=SAID, says=says)
+
+
+def test_ranks_in_each_others_place(golden: Golden, tmp_path: Path) -> None:
+    root = copied(golden(NO_PIPELINE), tmp_path / "root")
+    paths = [root / TAG / f"mp_rank_{rank:02d}_model_states.pt" for rank in (0, 1)]
+    paths[0].rename(tmp_path / "first")
+    paths[1].rename(paths[0])
+    (tmp_path / "first").rename(paths[1])
+    refused(root, tmp_path / "out", InconsistentError, says="holds the file of another rank")
 
 
 @pytest.mark.parametrize("kept", ["latest", "latest_checkpointed_iteration.txt", None])
@@ -95,6 +133,15 @@ def test_either_tracker_leads_to_the_tag(kept: str | None, root: Path) -> None:
     checkpoint = mtt_convert.open_checkpoint(root)
     assert checkpoint.folder == str(root / TAG)
     assert checkpoint.iteration == 100
+
+
+def test_trackers_that_name_different_folders(root: Path, tmp_path: Path) -> None:
+    shutil.copytree(root / TAG, root / "global_step200")
+    (root / "latest").write_text("global_step200")
+    refused(root, tmp_path / "out", UsageError, says="global_step100 in latest_checkpointed")
+    assert mtt_convert.open_checkpoint(root, iteration=200).iteration == 200
+    (root / "latest").write_text("global_step300")
+    assert mtt_convert.open_checkpoint(root).iteration == 100
 
 
 def test_iterations_are_chosen_as_megatrons_are(root: Path, tmp_path: Path) -> None:

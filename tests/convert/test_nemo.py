@@ -135,6 +135,12 @@ class TestArchives:
         assert "a tar of model_config.yaml and 4 model_weights.ckpt;" in out
         assert "layout       TP2 x PP2" in out
 
+    def test_only_options_nobody_knows_are_warned_of(self, golden: Golden, tmp_path: Path) -> None:
+        said = {"megatron_amp_O2": True, "target": "x.MegatronGPTModel", "new_attention": True}
+        path = archive(golden, tmp_path / "llama.nemo", {**CONFIG_1, **said})
+        (warning,) = open_checkpoint(path).warnings
+        assert "does not know: new_attention;" in warning
+
     def test_from_a_url(self, golden: Golden, tmp_path: Path) -> None:
         archive(golden, tmp_path / "llama.nemo", CONFIG_1)
         memory = fsspec.filesystem("memory")
