@@ -236,7 +236,7 @@ def missing_arguments(names: Iterable[str], message: str) -> UsageError:
     notes = {
         "bias_gelu_fusion": "True: GELU by tanh, False: exact GELU; or squared_relu=True",
         "layernorm_zero_centered_gamma": "True if norm weights are stored minus one",
-        "position_embedding_type": "rope or none",
+        "position_embedding_type": "rope, alibi or none",
         "swiglu": "silu(gate) * up",
         "untie_embeddings_and_output_weights": "True if there is a head, and its file is missing",
         "gpt_j_residual": "True if attention and MLP run beside each other",
