@@ -103,8 +103,8 @@ def open_checkpoint(
     held = topology.holders(topology.number_layers(shards))
     shapes = topology.joined_shapes(held, tp)
     notes: tuple[str, ...] = ()
-    if dialect.arguments and raw.args is not None:
-        args, notes = dialect.arguments(raw.args, shapes, overrides)
+    if dialect.arguments:
+        args, notes = dialect.arguments(raw.args or {}, shapes, overrides)
         shards = [replace(shard, args=None) for shard in raw.shards]
         raw = replace(raw, args=args, shards=tuple(shards))
     architecture = _architecture(raw, shapes, overrides, legacy=not dialect.is_core)
