@@ -359,6 +359,10 @@ def test_universal_with_a_gate(
     shutil.copy(tag / "mp_rank_00_model_states.pt", zero.parent)
     (root / "latest_universal").write_text(zero.parent.name)
     assert digest(root, tmp_path / "hf") == digest_of(LLAMA)
+    (zero.parent / "mp_rank_00_model_states.pt").unlink()
+    error = UsageError if marked else IncompleteError
+    says = "shapes do not say" if marked else "how many ranks hold gate and up in turn"
+    refused(root, tmp_path / "out", error, says=says)
 
 
 def test_a_parameter_without_weights(golden: Golden, tmp_path: Path) -> None:
@@ -383,7 +387,7 @@ def test_zero_3_is_refused_by_name(root: Path, tmp_path: Path) -> None:
 
 
 def test_a_model_without_pipeline_needs_all_ranks(golden: Golden, tmp_path: Path) -> None:
-    name = "legacy/megatron-deepspeed-6acc370a-NOPIPE-gpt2-tp2pp1"
+    name = NO_PIPELINE
     root = copied(golden(name), tmp_path / "root")
     path = root / TAG / "mp_rank_01_model_states.pt"
     path.unlink()
