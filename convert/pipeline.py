@@ -165,7 +165,7 @@ def _architecture(
     if raw.vocab_size is not None and raw.vocab_size <= rows:
         overrides = {"vocab_size": raw.vocab_size, **overrides}
     if raw.args is None:
-        return architecture_from_shapes(shapes, overrides)
+        return architecture_from_shapes(shapes, overrides, may_lack_head=raw.may_lack_head)
     if rows and not isinstance(raw.args.get("padded_vocab_size"), int):
         overrides = {"padded_vocab_size": rows, **overrides}
     first = architecture_from_args(raw.args, overrides=overrides, legacy=legacy)

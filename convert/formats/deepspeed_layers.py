@@ -97,6 +97,7 @@ def open_folder(place: Place, skip_keys: frozenset[str] = frozenset()) -> RawChe
         num_files=len(files),
         iterations=place.iterations,
         replicated=AVERAGE,
+        may_lack_head=True,
         vocab_size=true_vocabulary(first),
     )
 

@@ -41,6 +41,7 @@ SAID = {
     "layernorm_epsilon": 1e-5,
     "bias_gelu_fusion": False,
     "layernorm_zero_centered_gamma": False,
+    "untie_embeddings_and_output_weights": False,
 }
 Digest = Callable[[str], str]
 
@@ -114,6 +115,22 @@ def test_a_layer_missing_at_an_end_without_rank_files(
         layers[end].unlink()
     says = "the first or the last layer"
     refused(root, tmp_path / "out", IncompleteError, overrides=SAID, says=says)
+
+
+def test_a_head_missing_without_rank_files(golden: Golden, tmp_path: Path) -> None:
+    """Its file is gone, or there never was one: only the user knows."""
+    root = copied(golden(LLAMA), tmp_path / "root")
+    for path in [*root.rglob("layer_07*"), *root.rglob("mp_rank_*")]:
+        path.unlink()
+    said = {name: value for name, value in SAID.items() if not name.startswith(("untie", "bias"))}
+    said |= {"swiglu": True, "position_embedding_type": "rope", "max_position_embeddings": 32}
+    said |= {"rotary_base": 10000, "rotary_percent": 1.0, "use_rope_scaling": False}
+    name = "untie_embeddings_and_output_weights"
+    says = f"--set {name}=True"
+    refused(root, tmp_path / "out", UsageError, overrides=said, says=says)
+    untied = {**said, name: True}
+    says = "output_layer.weight"
+    refused(root, tmp_path / "out", IncompleteError, overrides=untied, says=says)
 
 
 def test_ranks_in_each_others_place(golden: Golden, tmp_path: Path) -> None:
