@@ -57,6 +57,8 @@ _NEMO_NEUTRAL: dict[str, tuple[object, ...]] = {
     "embedding_scale": (None, 1, 1.0),
     "headscale": (None, False),
     "attention_type": (None, "multihead"),
+    # Its ALiBi may give only some heads a slope.
+    "position_embedding_type": (None, "learned_absolute", "rope", "none"),
 }
 # Read below, or how a model was trained and run: nothing to warn of.
 _NEMO_KNOWN = frozenset(

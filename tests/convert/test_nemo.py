@@ -132,7 +132,8 @@ class TestArchives:
         archive(golden, tmp_path / "llama.nemo", CONFIG_1)
         code, out, _ = run("inspect", tmp_path)
         assert code == 0
-        assert "a tar of model_config.yaml and 4 model_weights.ckpt;" in out
+        assert "format       nemo" in out
+        assert "a tar of model_config.yaml and 4 model_weights.ckpt" in out
         assert "layout       TP2 x PP2" in out
 
     def test_only_options_nobody_knows_are_warned_of(self, golden: Golden, tmp_path: Path) -> None:
@@ -177,7 +178,7 @@ class TestArchives:
             {"activation": "geglu"},
             {"transformer_block_type": "post_ln"},
             {"normalize_attention_scores": False},
-            {"position_embedding_type": "kerple"},
+            {"position_embedding_type": "alibi"},
             {"num_moe_experts": 8},
         ],
         ids=str,
