@@ -85,14 +85,6 @@ def _recognised(folder: str) -> SourceError | None:
     except UnsupportedError as refusal:
         return refusal
     names = set(listing(folder))
-    found = None
-    if {".metadata", "common.pt"} <= names and "metadata.json" not in names:
-        return UnsupportedError(
-            f"{folder} is an incomplete torch_dist checkpoint",
-            found=".metadata and common.pt",
-            expected="metadata.json beside them",
-            fix="copy that file again",
-        )
     is_distributed = any(name.endswith(".distcp") for name in names)
     if is_distributed and not {".metadata", "metadata.json"} & names:
         return IncompleteError(
@@ -108,7 +100,15 @@ def _recognised(folder: str) -> SourceError | None:
             expected="the .nemo file, which is read as it stands",
             fix=f"give that file, or pack it again: tar -cf model.nemo -C {folder} .",
         )
-    if ".zmetadata" in names or ".zarray" in names:
+    found = None
+    if {".metadata", "common.pt"} <= names and "metadata.json" not in names:
+        return UnsupportedError(
+            f"{folder} is an incomplete torch_dist checkpoint",
+            found=".metadata and common.pt",
+            expected="metadata.json beside them",
+            fix="copy that file again",
+        )
+    elif ".zmetadata" in names or ".zarray" in names:
         found = "a zarr checkpoint"
     elif "adapter_config.json" in names:
         found = "a PEFT adapter: merge it into its model first, and save that"
