@@ -78,12 +78,8 @@ def find(path: str, iteration: int | None = None) -> tuple[Reader, Place]:
     )
 
 
-def _recognised(folder: str) -> SourceError | None:
-    """A clear refusal for formats that are known by name only."""
-    try:
-        refuse_unreadable(folder)
-    except UnsupportedError as refusal:
-        return refusal
+def _part(folder: str) -> SourceError | None:
+    """A refusal of files that belong with others, which are not there."""
     names = set(listing(folder))
     is_distributed = any(name.endswith(".distcp") for name in names)
     if is_distributed and not {".metadata", "metadata.json"} & names:
@@ -100,6 +96,18 @@ def _recognised(folder: str) -> SourceError | None:
             expected="the .nemo file, which is read as it stands",
             fix=f"give that file, or pack it again: tar -cf model.nemo -C {folder} .",
         )
+    return None
+
+
+def _recognised(folder: str) -> SourceError | None:
+    """A clear refusal for formats that are known by name only."""
+    try:
+        refuse_unreadable(folder)
+    except UnsupportedError as refusal:
+        return refusal
+    if refused := _part(folder):
+        return refused
+    names = set(listing(folder))
     found = None
     if {".metadata", "common.pt"} <= names and "metadata.json" not in names:
         return UnsupportedError(
