@@ -236,7 +236,7 @@ def missing_arguments(names: Iterable[str], message: str) -> UsageError:
     notes = {
         "bias_gelu_fusion": "True: GELU by tanh, False: exact GELU; or squared_relu=True",
         "layernorm_zero_centered_gamma": "True if norm weights are stored minus one",
-        "position_embedding_type": "rope or none",
+        "position_embedding_type": "rope, alibi or none",
         "swiglu": "silu(gate) * up",
         "untie_embeddings_and_output_weights": "True if there is a head, and its file is missing",
         "gpt_j_residual": "True if attention and MLP run beside each other",
@@ -525,13 +525,17 @@ def _fitting(size: int, args: Arguments) -> int | None:
 
 
 def architecture_from_shapes(
-    shapes: Mapping[str, tuple[int, ...]], overrides: Arguments = NOTHING
+    shapes: Mapping[str, tuple[int, ...]],
+    overrides: Arguments = NOTHING,
+    *,
+    may_lack_head: bool = False,
 ) -> Architecture:
     """The architecture of a checkpoint without arguments, from shapes and what the user says.
 
     Args:
         shapes: canonical name, with numbered layers, -> shape of the whole tensor.
         overrides: what shapes cannot tell, under Megatron-LM's names.
+        may_lack_head: whether an output layer could be missing unseen.
 
     Raises:
         IncompleteError: tensors that every GPT has are missing.
@@ -546,9 +550,10 @@ def architecture_from_shapes(
     sizes = read_shapes(shapes)
     seen = {**sizes.fields, **_heads(sizes, said)}
     # An output layer may be the copy of the embedding that a last stage holds; it is compared.
-    may_be_tied = said.get(_UNTIED) is False and seen[_UNTIED]
+    # One that is missing is reported as such.
+    is_open = may_lack_head or (said.get(_UNTIED) is False and seen[_UNTIED])
     for name, value in seen.items():
-        if said.get(name, value) != value and not (name == _UNTIED and may_be_tied):
+        if said.get(name, value) != value and not (name == _UNTIED and is_open):
             raise UsageError(
                 f"--set {name} contradicts the tensors",
                 found=f"{name} = {_show(said[name])}",
@@ -557,6 +562,8 @@ def architecture_from_shapes(
             )
     a = {**seen, "group_query_attention": True, **said}
     missing = [name for name in _unseen(a, sizes.gated) if a.get(name) is None]
+    if may_lack_head and not seen[_UNTIED] and said.get(_UNTIED) is None:
+        missing.append(_UNTIED)
     if missing:
         raise missing_arguments(
             missing, "the checkpoint has no arguments, and shapes do not say everything"

@@ -58,6 +58,7 @@ class RawCheckpoint:
         iterations: all iterations in the same root.
         replicated: what to do about copies that differ, unless the user says (see `replicas.py`).
         vocab_size: rows that are tokens, where a note beside the arguments says so.
+        may_lack_head: whether an output layer would be a file of its own, which nothing misses.
     """
 
     format: str
@@ -74,6 +75,7 @@ class RawCheckpoint:
     iterations: tuple[int, ...] = ()
     replicated: str = "error"
     vocab_size: int | None = None
+    may_lack_head: bool = False
 
 
 @dataclass(frozen=True, slots=True)

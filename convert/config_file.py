@@ -18,7 +18,7 @@ from .argument_tables import FOREIGN, NEUTRAL, RENAMED, SETTINGS
 from .arguments import OWN
 from .errors import MTTError, UsageError
 from .families import FAMILIES
-from .megatron_args import model_arguments
+from .megatron_args import described_arguments
 from .preset_files import preset_config
 from .presets import PRESETS
 
@@ -110,7 +110,7 @@ def _described(config: dict[str, object], path: str) -> dict[str, object]:
         )
     try:
         architecture: Architecture = FAMILIES["mtt"].architecture(config)
-        arguments = model_arguments(architecture)
+        arguments = described_arguments(architecture)
     except MTTError as error:
         raise UsageError(
             f"--config {path}: {error.message}",

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .architecture import Architecture
 from .argument_tables import FOREIGN, NEUTRAL, RENAMED, SETTINGS
@@ -97,6 +97,23 @@ def model_arguments(a: Architecture) -> dict[str, object]:
     }
     _check(a, architecture_from_args({**arguments, "params_dtype": a.params_dtype}))
     return arguments
+
+
+def described_arguments(a: Architecture) -> dict[str, object]:
+    """The same, with what only BigScience's and GPT-NeoX's trees have.
+
+    Raises:
+        UnsupportedError: the model computes something that no tree's arguments say.
+    """
+    others: dict[str, object] = {}
+    if a.position_embedding_type == "alibi":
+        others["position_embedding_type"] = "alibi"
+        a = replace(a, position_embedding_type="none")
+    if a.embedding_norm:
+        others["embed_layernorm"] = True
+    if a.parallel_residual:
+        others["gpt_j_residual"] = True
+    return model_arguments(replace(a, embedding_norm=False, parallel_residual=False)) | others
 
 
 def _whole(number: float | None) -> float | int | None:

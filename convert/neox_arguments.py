@@ -130,7 +130,8 @@ def _refuse(neox: Arguments) -> None:
 
 def _ask(args: Arguments, overrides: Arguments, *, gated: bool) -> None:
     """Raise for all that a checkpoint without its configuration does not say."""
-    needed = ["gpt_j_residual", "layernorm_epsilon", "position_embedding_type"]
+    needed = ["num_attention_heads", "gpt_j_residual", "layernorm_epsilon"]
+    needed += ["position_embedding_type", "max_position_embeddings"]
     needed += [] if gated else ["bias_gelu_fusion"]
     said = {**args, **overrides}
     if said.get("position_embedding_type") in (None, "rope"):
@@ -139,7 +140,7 @@ def _ask(args: Arguments, overrides: Arguments, *, gated: bool) -> None:
     if not args[_UNTIED] and _UNTIED not in overrides:
         del said[_UNTIED]
         needed.append(_UNTIED)
-    if unknown := [name for name in needed if name not in said]:
+    if unknown := [name for name in needed if said.get(name) is None]:
         raise missing_arguments(
             unknown, "the checkpoint is GPT-NeoX's, and its configuration is not beside it"
         )

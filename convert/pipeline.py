@@ -96,15 +96,18 @@ def open_checkpoint(
     names = {name for shard in raw.shards for name in shard.tensors}
     dialect = dialects.detect(names)
     shards = dialects.canonical(dialect, raw.shards)
+    overrides = overrides or {}
+    if raw.args is None and dialect.has_tied_copy(names):
+        overrides = {"untie_embeddings_and_output_weights": False, **overrides}
     tp = 1 + max(shard.tp for shard in shards)
     held = topology.holders(topology.number_layers(shards))
     shapes = topology.joined_shapes(held, tp)
     notes: tuple[str, ...] = ()
-    if dialect.arguments and raw.args is not None:
-        args, notes = dialect.arguments(raw.args, shapes, overrides or {})
+    if dialect.arguments:
+        args, notes = dialect.arguments(raw.args or {}, shapes, overrides)
         shards = [replace(shard, args=None) for shard in raw.shards]
         raw = replace(raw, args=args, shards=tuple(shards))
-    architecture = _architecture(raw, shapes, overrides or {}, legacy=not dialect.is_core)
+    architecture = _architecture(raw, shapes, overrides, legacy=not dialect.is_core)
     order, reason = _row_order(raw, dialect, names, architecture, qkv_order)
     held = row_order.in_head_order(held, order, architecture, raw.layout.tp, tp)
     if dialect.has_up_first(names):
@@ -162,7 +165,7 @@ def _architecture(
     if raw.vocab_size is not None and raw.vocab_size <= rows:
         overrides = {"vocab_size": raw.vocab_size, **overrides}
     if raw.args is None:
-        return architecture_from_shapes(shapes, overrides)
+        return architecture_from_shapes(shapes, overrides, may_lack_head=raw.may_lack_head)
     if rows and not isinstance(raw.args.get("padded_vocab_size"), int):
         overrides = {"padded_vocab_size": rows, **overrides}
     first = architecture_from_args(raw.args, overrides=overrides, legacy=legacy)

@@ -11,6 +11,7 @@ what opening a checkpoint of hundreds of files needs. Everything that goes wrong
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections import OrderedDict
@@ -33,6 +34,7 @@ _PACKAGES = {
     "abfs": "adlfs",
     "abfss": "adlfs",
 }
+_REPOSITORY = re.compile(r"hf://[^/@]+/[^/@]+")
 # Whose URLs all belong to one file system, whatever stands before the first slash.
 _HOST_IS_PATH = ("hf", "http", "https", "memory", "s3", "s3a", "gs", "gcs")
 # Exceptions of many clients, which are not imported, by name.
@@ -74,7 +76,14 @@ def begin(url: str) -> None:
 
     Raises:
         HubError: it is not there, or cannot be reached.
+        UsageError: it names no repository of the Hub.
     """
+    if url.startswith("hf:") and not _REPOSITORY.match(url):
+        raise UsageError(
+            f"{url} names no repository of the Hub",
+            expected="hf://owner/repo[@revision][/folder]",
+            fix="give its owner and its name",
+        )
     with _lock:
         for system in _systems.values():
             system.invalidate_cache()

@@ -34,6 +34,7 @@ class Dialect:
         ordered_by_arguments: argument -> order: code that has the argument keeps rows in that
             order whatever it stamps.
         up_first: a pattern of names: where one matches, ranks have a gated MLP as [up | gate].
+        tied_copy: a pattern of names that only copies of a tied embedding have.
         arguments: what its arguments are in Megatron's words, given shapes of whole tensors by
             canonical name and what the user says, with notes; None where they are Megatron's own.
         summed: canonical names with `{i}` for the layer: tensor-parallel ranks hold parts that
@@ -49,13 +50,17 @@ class Dialect:
     ordered_by_names: tuple[tuple[str, str], ...] = ()
     ordered_by_arguments: Mapping[str, str] = field(default_factory=dict)
     up_first: str | None = None
+    tied_copy: str | None = None
     arguments: Callable[[Arguments, Shapes, Arguments], Translated] | None = None
     summed: frozenset[str] = frozenset()
 
     def has_up_first(self, names: Iterable[str]) -> bool:
         """Whether ranks have a gated MLP as [up | gate]."""
-        pattern = self.up_first
-        return pattern is not None and any(re.fullmatch(pattern, name) for name in names)
+        return _any_matches(self.up_first, names)
+
+    def has_tied_copy(self, names: Iterable[str]) -> bool:
+        """Whether the output layer is a copy of the embedding, by its name."""
+        return _any_matches(self.tied_copy, names)
 
     def known(self, names: Iterable[str]) -> int:
         """How many of the names have a rule."""
@@ -99,3 +104,7 @@ class Dialect:
             return self.grouped_order, f"{self.name} with query groups"
         stamp = f"checkpoint_version {version:.1f}" if is_stamped else "no checkpoint_version"
         return next(order for lowest, order in self.orders if version >= lowest), stamp
+
+
+def _any_matches(pattern: str | None, names: Iterable[str]) -> bool:
+    return pattern is not None and any(re.fullmatch(pattern, name) for name in names)

@@ -107,4 +107,5 @@ DIALECT = Dialect(
     # pipeline, for which see its dialect.
     ordered_by_names=((r".*\.layernorm_qkv\..*", HEAD),),
     ordered_by_arguments={"ds_sequence_parallel_fpdt": BLOCK},
+    tied_copy=r"word_embeddings_for_head\..*",
 )

@@ -5,11 +5,12 @@ A new format is one new file with the names of `Reader`, and one entry in `READE
 
 from __future__ import annotations
 
+import os
 from typing import Protocol
 
 from .. import sources
 from ..checkpoint import RawCheckpoint
-from ..errors import NotACheckpointError, UnsupportedError
+from ..errors import IncompleteError, NotACheckpointError, SourceError, UnsupportedError
 from ..sources import listing
 from . import (
     deepspeed_layers,
@@ -77,12 +78,35 @@ def find(path: str, iteration: int | None = None) -> tuple[Reader, Place]:
     )
 
 
-def _recognised(folder: str) -> UnsupportedError | None:
+def _part(folder: str) -> SourceError | None:
+    """A refusal of files that belong with others, which are not there."""
+    names = set(listing(folder))
+    is_distributed = any(name.endswith(".distcp") for name in names)
+    if is_distributed and not {".metadata", "metadata.json"} & names:
+        return IncompleteError(
+            f"{os.path.basename(folder)} is incomplete; nothing was written",
+            found="*.distcp files of a distributed checkpoint",
+            expected=".metadata",
+            fix="copy that file again; its name begins with a dot",
+        )
+    if nemo.is_unpacked(names):
+        return UnsupportedError(
+            f"{folder} is an archive of NeMo, unpacked",
+            found="model_config.yaml",
+            expected="the .nemo file, which is read as it stands",
+            fix=f"give that file, or pack it again: tar -cf model.nemo -C {folder} .",
+        )
+    return None
+
+
+def _recognised(folder: str) -> SourceError | None:
     """A clear refusal for formats that are known by name only."""
     try:
         refuse_unreadable(folder)
     except UnsupportedError as refusal:
         return refusal
+    if refused := _part(folder):
+        return refused
     names = set(listing(folder))
     found = fix = ""
     if {".metadata", "common.pt"} <= names and "metadata.json" not in names:

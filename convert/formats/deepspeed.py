@@ -34,6 +34,7 @@ from .pickles import Record
 from .state_dicts import STATE
 from .torch_zip import load
 from .values import plain_arguments, plain_entries, scalar
+from .yaml_files import read_yaml
 
 _RANK_FILE = re.compile(r"mp_rank_(\d{2,6})_model_states\.pt")
 _ZERO_3 = re.compile(r"(bf16_|fp16_)?zero_pp_rank_\d+_mp_rank_\d+_model_states\.pt")
@@ -42,7 +43,7 @@ _OPTIMIZER = re.compile(r".*_optim_states\.pt")
 _OF_LAYER = re.compile(
     r"((self_)?attention|inter_attention|mlp|(input|post_attention|post_inter_attention)_(layer)?norm)\..*"
 )
-_CONFIGS, _MOST_CONFIG_BYTES, _MOST_CONFIGS = "configs", 1 << 20, 64
+_CONFIGS, _MOST_CONFIGS = "configs", 64
 _SIZES = ("tensor_model_parallel_size", "model_parallel_size")
 # First module with parameters, first layer -> who numbers them so.
 _WRITERS = {
@@ -101,25 +102,12 @@ def _configs(folder: str) -> dict[str, object]:
     folder = os.path.join(folder, _CONFIGS)
     if not sources.is_dir(folder):
         return {}
-    import yaml
-
     merged: dict[str, object] = {}
     names = [name for name in listing(folder) if name.endswith((".yml", ".yaml", ".json"))]
     for name in names[:_MOST_CONFIGS]:
         path = os.path.join(folder, name)
-        try:
-            values = yaml.safe_load(sources.read(path)[:_MOST_CONFIG_BYTES])
-        except (ValueError, RecursionError, yaml.YAMLError) as error:
-            raise CorruptError(
-                f"{path} cannot be read",
-                found=str(error).splitlines()[0][:200] if str(error) else type(error).__name__,
-                expected="GPT-NeoX's configuration in YAML",
-                fix="copy the file again, or take the folder configs away and use --set",
-            ) from error
-        if isinstance(values, dict):
-            merged |= {
-                str(key).replace("-", "_"): value for key, value in plain_entries(values).items()
-            }
+        values = plain_entries(read_yaml(sources.read(path), path))
+        merged |= {str(key).replace("-", "_"): value for key, value in values.items()}
     return merged
 
 
@@ -215,19 +203,22 @@ def check_ranks_agree(ranks: Iterable[RankStates]) -> None:
                 )
 
 
-def numbered(modules: Mapping[int, Iterable[str]], where: str) -> tuple[dict[int, str], str]:
+def numbered(
+    modules: Mapping[int, Iterable[str]], where: str, *, has_args: bool
+) -> tuple[dict[int, str], str]:
     """What a module's parameters are called here, by what they are.
 
     Args:
         modules: a module's number in the pipeline -> its parameters' names.
         where: the files, for messages.
+        has_args: whether arguments say how many layers there are.
 
     Returns:
         Number -> prefix, `layers.N.` for a layer and nothing for all others; and where layers
         begin, in words.
 
     Raises:
-        IncompleteError: a layer's number is left out.
+        IncompleteError: a layer's number is left out, or may be.
     """
     layers = sorted(n for n, names in modules.items() if any(map(_OF_LAYER.fullmatch, names)))
     if not layers:
@@ -245,6 +236,29 @@ def numbered(modules: Mapping[int, Iterable[str]], where: str) -> tuple[dict[int
             expected=f"a layer in module {absent} of the pipeline",
             fix="copy its files again from where they were written",
         )
+    if not has_args:
+        _check_ends(modules, first, last, where)
     prefixes = {n: f"layers.{n - first}." if first <= n <= last else "" for n in modules}
     writer = _WRITERS.get((min(modules), first), "no release known")
     return prefixes, f"layers in modules {first} to {last} ({writer})"
+
+
+def _check_ends(modules: Mapping[int, Iterable[str]], first: int, last: int, where: str) -> None:
+    """Raise where the norm is not as far behind the layers as the embedding is before them.
+
+    Modules without parameters surround the layers of every release evenly. Without arguments
+    this alone shows that the first or the last layer is missing. An embedding that is tied has
+    no number in a universal checkpoint.
+    """
+    is_neox = any(name.startswith("attention.") for name in modules[last])
+    embedding = max((n for n in modules if n < first), default=0 if is_neox else 1)
+    norm = min((n for n in modules if n > last), default=None)
+    if norm is not None and norm - last != first - embedding:
+        raise IncompleteError(
+            "the first or the last layer seems to be missing; nothing was written",
+            found=f"layers in modules {first} to {last}, the embedding in {embedding} and the "
+            f"norm in {norm} in {where}",
+            expected="the same distance on both sides",
+            fix="copy all files of the tag again, mp_rank_00_model_states.pt with them: it says "
+            "how many layers there are",
+        )

@@ -76,7 +76,9 @@ def open_folder(place: Place, skip_keys: frozenset[str] = frozenset()) -> RawChe
     dropped: Dropped = defaultdict(list)
     modules = {key: _module(path, dropped) for key, path in files.items()}
     prefixes, begin = numbered(
-        {number: tensors for (number, rank), tensors in modules.items() if rank == 0}, folder
+        {number: tensors for (number, rank), tensors in modules.items() if rank == 0},
+        folder,
+        has_args=first is not None and first.args is not None,
     )
     shards = [_shard(rank, modules, prefixes, ranks) for rank in range(tp)]
     left = left_out(folder, first.content if first else {})
@@ -95,6 +97,7 @@ def open_folder(place: Place, skip_keys: frozenset[str] = frozenset()) -> RawChe
         num_files=len(files),
         iterations=place.iterations,
         replicated=AVERAGE,
+        may_lack_head=True,
         vocab_size=true_vocabulary(first),
     )
 

@@ -34,7 +34,7 @@ from .deepspeed import (
 )
 from .folders import Place
 from .state_dicts import Dropped, tensors_of
-from .values import scalar, version
+from .values import check_ranks_rise, scalar, version
 
 NAME = "deepspeed_module"
 _SEQUENTIAL = re.compile(r"sequential\.(0|[1-9]\d{0,6})\.(.+)")
@@ -54,7 +54,7 @@ def open_folder(place: Place, skip_keys: frozenset[str] = frozenset()) -> RawChe
 
     Raises:
         IncompleteError: a rank's file is missing, or the files hold no model.
-        InconsistentError: files of different runs.
+        InconsistentError: files of different runs, or in each other's place.
         CorruptError, UnsafePickleError: a file cannot be read as data.
     """
     folder = place.folder
@@ -63,6 +63,7 @@ def open_folder(place: Place, skip_keys: frozenset[str] = frozenset()) -> RawChe
     first = next(iter(ranks.values()))
     check_ranks_agree(ranks.values())
     tp = _check_ranks(ranks, first, folder)
+    check_ranks_rise([(states.where, states.args) for states in ranks.values()])
     dropped: Dropped = defaultdict(list)
     shards, notes = [], []
     for number, states in ranks.items():
@@ -140,7 +141,7 @@ def _tensors(states: RankStates, dropped: Dropped) -> tuple[dict[str, LazyTensor
     modules: dict[int, list[str]] = defaultdict(list)
     for hit in hits.values():
         modules[int(hit[1])].append(hit[2])
-    prefixes, note = numbered(modules, states.where)
+    prefixes, note = numbered(modules, states.where, has_args=states.args is not None)
     tensors = {prefixes[int(hit[1])] + hit[2]: named[name] for name, hit in hits.items()}
     if len(tensors) < len(named):
         raise InconsistentError(

@@ -20,7 +20,7 @@ from __future__ import annotations
 import os
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from .. import sources
 from ..checkpoint import Layout, RawCheckpoint, Shard
@@ -66,7 +66,7 @@ def open_folder(place: Place, skip_keys: frozenset[str] = frozenset()) -> RawChe
         skip_keys: of no use here: beside the model, tensors are known state.
 
     Raises:
-        IncompleteError: a parameter's weights are missing.
+        IncompleteError: a parameter's weights are missing, or what says how to join them.
         CorruptError, UnsafePickleError: a file cannot be read as data.
     """
     folder = place.folder
@@ -76,8 +76,10 @@ def open_folder(place: Place, skip_keys: frozenset[str] = frozenset()) -> RawChe
     tp = tensor_parallel_size(args) or 1
     gated = args is not None and args.get("swiglu") is True
     dropped: Dropped = defaultdict(list)
-    named = _parameters(os.path.join(folder, _ZERO), tp if gated else 1, dropped)
-    tensors, note = _renamed(named, folder)
+    named, unmarked = _parameters(os.path.join(folder, _ZERO), tp if gated else 1, dropped)
+    if args is None:
+        _check_halves(unmarked, named, folder)
+    tensors, note = _renamed(named, folder, has_args=args is not None)
     for name, tensor in tensors.items():
         if args is not None and name.endswith("word_embeddings.weight") and tensor.shape:
             args["padded_vocab_size"] = tensor.shape[0]
@@ -98,13 +100,17 @@ def open_folder(place: Place, skip_keys: frozenset[str] = frozenset()) -> RawChe
         num_files=len(named),
         iterations=place.iterations,
         replicated=AVERAGE,
+        may_lack_head=True,
         vocab_size=true_vocabulary(states),
     )
 
 
-def _parameters(zero: str, tp: int, dropped: Dropped) -> dict[str, LazyTensor]:
-    """Name -> whole parameter."""
-    tensors = {}
+def _parameters(
+    zero: str, tp: int, dropped: Dropped
+) -> tuple[dict[str, LazyTensor], tuple[str, ...]]:
+    """Name -> whole parameter; and which may have the halves of several ranks in turn."""
+    tensors: dict[str, LazyTensor] = {}
+    unmarked = []
     for name in listing(zero):
         folder = os.path.join(zero, name)
         if not sources.is_dir(folder):
@@ -126,7 +132,22 @@ def _parameters(zero: str, tp: int, dropped: Dropped) -> dict[str, LazyTensor]:
             )
         for tensor in tensors_of({name: content["param"]}, name, path, dropped).values():
             tensors[name] = _halves_joined(name, tensor, content, tp)
-    return tensors
+        if _GATED.fullmatch(name) and content.get("param_n_sub_params") != 2:
+            unmarked.append(name)
+    return tensors, tuple(unmarked)
+
+
+def _check_halves(unmarked: Iterable[str], named: Mapping[str, LazyTensor], folder: str) -> None:
+    """Raise for a gated matrix of which nothing says on how many ranks its halves were."""
+    for name in unmarked:
+        other = named.get(name.replace("dense_h_to_4h", "dense_4h_to_h"))
+        if other is not None and other.shape[1:] == (named[name].shape[0] // 2,):
+            raise IncompleteError(
+                f"{os.path.basename(folder)} does not say how many ranks hold gate and up in turn",
+                found=f"{name} without param_n_sub_params, and no rank's file",
+                expected="mp_rank_00_model_states.pt",
+                fix="copy that file again",
+            )
 
 
 def _halves_joined(
@@ -141,7 +162,9 @@ def _halves_joined(
     return tensor.unflatten(0, tp, 2, size).permute(1, 0, 2, *rest).flatten(0, 3)
 
 
-def _renamed(named: Mapping[str, LazyTensor], folder: str) -> tuple[dict[str, LazyTensor], str]:
+def _renamed(
+    named: Mapping[str, LazyTensor], folder: str, *, has_args: bool
+) -> tuple[dict[str, LazyTensor], str]:
     """Names as files of layers have them, or as they are where no module has a number."""
     hits = {name: hit for name in named if (hit := _NUMBERED.fullmatch(name))}
     if not hits:
@@ -149,7 +172,7 @@ def _renamed(named: Mapping[str, LazyTensor], folder: str) -> tuple[dict[str, La
     modules: dict[int, list[str]] = defaultdict(list)
     for hit in hits.values():
         modules[int(hit[1])].append(hit[2])
-    prefixes, note = numbered(modules, folder)
+    prefixes, note = numbered(modules, folder, has_args=has_args)
     tensors: dict[str, LazyTensor] = {}
     for name, tensor in named.items():
         if hit := hits.get(name):

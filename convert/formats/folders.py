@@ -101,10 +101,14 @@ def locate(path: str, iteration: int | None, holds_model: Callable[[str], bool])
     tagged = _tagged(path, here)
     if sources.is_file(tracker):
         try:
-            return _tracked(path, tracker, here)
+            tracked = _tracked(path, tracker, here)
         except IncompleteError:  # Megatron-DeepSpeed writes both, and the folder of one
             if tagged is None or not sources.is_dir(tagged.folder):
                 raise
+        else:
+            if tagged and tagged.folder != tracked.folder and sources.is_dir(tagged.folder):
+                raise _disagreement(path, tracked, tagged)
+            return tracked
     if tagged and sources.is_dir(tagged.folder):
         return tagged
     if tagged:
@@ -148,6 +152,17 @@ def _tagged(path: str, here: tuple[int, ...]) -> Place | None:
             )
         return Place(os.path.join(path, text), iteration_of(text), here)
     return None
+
+
+def _disagreement(path: str, tracked: Place, tagged: Place) -> UsageError:
+    """Megatron and DeepSpeed each go on from what their own tracker file names."""
+    folders = [os.path.basename(place.folder) for place in (tracked, tagged)]
+    return UsageError(
+        f"the tracker files in {path} name different folders",
+        found=f"{folders[0]} in {TRACKER}, {folders[1]} in DeepSpeed's",
+        expected="one and the same",
+        fix=f"give the folder that is meant, e.g. {tagged.folder}",
+    )
 
 
 def _first_word(tracker: str) -> str:

@@ -39,13 +39,12 @@ from .folders import Place, iteration_folder
 from .pickle_writer import Call, Global, Instance
 from .state_dicts import STATE, Dropped, tensors_of
 from .torch_zip import ORDERED_DICT, Weight, load, plan, tensor_value
-from .values import holds_tensors, iteration, plain_arguments, scalar, version
+from .values import check_ranks_rise, holds_tensors, iteration, plain_arguments, scalar, version
 
 NAME = "torch"
 _RANK = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?(?:_(\d{3,}))?")
 _FILE, _FILE_OF_2022 = "model_optim_rng.pt", "model_rng.pt"
 _MAX_NAMED = 4
-Arguments = Mapping[str, Mapping[str, object] | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +84,9 @@ def open_folder(place: Place, skip_keys: frozenset[str] = frozenset()) -> RawChe
     sizes = _sizes(args, files)
     ranks = {file.folder: _coordinates(file, sizes) for file in files}
     _check_grid(place, ranks, sizes)
-    _check_order(ranks, arguments)
+    places = sorted((pp, tp, folder) for folder, (tp, pp, ep) in ranks.items() if ep == 0)
+    check_ranks_rise([(folder, arguments[folder]) for _, _, folder in places])
+    stamp = version(first, files[0].path, missing=0.0)
     shards = []
     for file in files:
         content = contents[file.folder]
@@ -103,7 +104,7 @@ def open_folder(place: Place, skip_keys: frozenset[str] = frozenset()) -> RawChe
         shards=tuple(shards),
         iteration=iteration(first, place, files[0].path),
         args=args,
-        checkpoint_version=version(first, files[0].path, missing=0.0),
+        checkpoint_version=stamp,
         is_stamped=first.get("checkpoint_version") is not None,
         dropped={kind: tuple(sorted(set(names))) for kind, names in dropped.items()},
         evidence=(f"{len(files)} mp_rank_* folders with {os.path.basename(files[0].path)}",),
@@ -235,29 +236,6 @@ def _has_all(place: Place, iteration: int, sizes: Layout) -> bool:
 
 def _rank_folder(tp: int, pp: int, sizes: Layout) -> str:
     return f"mp_rank_{tp:02d}" + (f"_{pp:03d}" if sizes.pp > 1 else "")
-
-
-def _check_order(ranks: Mapping[str, tuple[int, int, int]], arguments: Arguments) -> None:
-    """Global ranks rise with pipeline and tensor rank: files copied to a wrong place show.
-
-    (megatron/core/parallel_state.py, the default order tp-cp-ep-dp-pp. Tools that write all
-    files from one process leave one and the same number in them.)
-    """
-    places = sorted((pp, tp, folder) for folder, (tp, pp, ep) in ranks.items() if ep == 0)
-    numbers = [(arguments[folder] or {}).get("rank") for _, _, folder in places]
-    known = [number for number in numbers if type(number) is int]
-    if len(known) < len(numbers) or len(set(known)) <= 1:
-        return
-    for (_, _, before), (_, _, folder), low, high in zip(
-        places, places[1:], known, known[1:], strict=False
-    ):
-        if low >= high:
-            raise InconsistentError(
-                f"{folder} holds the file of another rank; nothing was written",
-                found=f"global rank {high} in {folder}, {low} in {before}",
-                expected="ranks that rise with the pipeline stage and the tensor-parallel rank",
-                fix="copy the files again from where they were written",
-            )
 
 
 def _check_agreement(

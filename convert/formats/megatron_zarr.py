@@ -86,7 +86,10 @@ class _Arrays:
         path = os.path.join(self.folder, name, _ARRAY)
         try:
             array = json.loads(sources.read(path))
-            shape, chunks = sizes(array["shape"], name), sizes(array["chunks"], name)
+            shape, chunks = (
+                sizes(array["shape"], name, _ARRAY),
+                sizes(array["chunks"], name, _ARRAY),
+            )
             kind, order = str(array["dtype"]), array["order"]
             packed = [array.get("compressor"), array.get("filters")]
             separator = str(array.get("dimension_separator", "."))

@@ -17,6 +17,7 @@ import os
 import re
 import tarfile
 from collections import defaultdict
+from collections.abc import Collection
 from typing import BinaryIO, cast
 
 from .. import sources
@@ -25,9 +26,11 @@ from ..errors import CorruptError, IncompleteError, SourceError, UnsupportedErro
 from ..mapping import shorten
 from ..tensors import LazyTensor
 from .folders import Place
-from .nemo_config import from_model_config, read_yaml
+from .nemo_config import from_model_config
+from .state_dicts import Dropped, tensors_of
 from .torch_zip import load
 from .values import plain_values
+from .yaml_files import read_yaml
 
 NAME = "nemo"
 ENDING = ".nemo"
@@ -35,6 +38,7 @@ _WEIGHTS = re.compile(
     r"(?:mp_rank_(?P<mp>\d+)/|tp_rank_(?P<tp>\d+)_pp_rank_(?P<pp>\d+)/)?model_weights\.ckpt"
 )
 _CONFIG = "model_config.yaml"
+_FOLDER = re.compile(r"mp_rank_\d+|tp_rank_\d+_pp_rank_\d+|model_weights\.ckpt")
 _WRAPPERS = re.compile(r"(model\.|module\.)+")
 _MOST_MEMBERS = 100_000
 
@@ -52,6 +56,11 @@ def archive_in(path: str) -> str | None:
         return None
     found = [name for name in sources.listing(path) if name.endswith(ENDING)]
     return os.path.join(path, found[0]) if len(found) == 1 else None
+
+
+def is_unpacked(names: Collection[str]) -> bool:
+    """Whether these names in a folder are those of an archive's members."""
+    return _CONFIG in names and any(_FOLDER.fullmatch(name) for name in names)
 
 
 def open_folder(place: Place, skip_keys: frozenset[str] = frozenset()) -> RawCheckpoint:
@@ -86,7 +95,7 @@ def open_folder(place: Place, skip_keys: frozenset[str] = frozenset()) -> RawChe
             if is_dist
             else "save it with NeMo's save_to",
         )
-    dropped: dict[str, list[str]] = defaultdict(list)
+    dropped: Dropped = defaultdict(list)
     shards = []
     for hit, name in sorted(ranks.items(), key=lambda item: item[1]):
         tp, pp = int(hit["tp"] or hit["mp"] or 0), int(hit["pp"] or 0)
@@ -149,29 +158,20 @@ def _tensors(
     path: str,
     name: str,
     place: tuple[int, int],
-    dropped: dict[str, list[str]],
+    dropped: Dropped,
     skip_keys: frozenset[str],
 ) -> dict[str, LazyTensor]:
     """A rank's tensors, under the names of the model's modules."""
     content = load(path, *place)
     if not isinstance(content, dict):
         raise CorruptError(f"{name} in {path} is no state dict", found=type(content).__name__)
-    tensors: dict[str, LazyTensor] = {}
+    model: dict[str, object] = {}
     for key, value in content.items():
-        short = _WRAPPERS.sub("", key, count=1) if isinstance(key, str) else ""
-        if short.endswith(("_extra_state", "inv_freq")):
-            dropped[short.rpartition(".")[2]].append(short)
-        elif key in skip_keys:
+        short = _WRAPPERS.sub("", key, count=1) if isinstance(key, str) else key
+        if key in skip_keys:
             dropped["skipped"].append(key)
-        elif isinstance(value, LazyTensor) and value.dtype.is_floating and value.dtype.itemsize > 1:
-            if short in tensors:
-                raise CorruptError(f"{name} in {path} has one parameter twice", found=short)
-            tensors[short] = value
-        elif value is not None:
-            raise UnsupportedError(
-                f"{key} in {name} is no plain weight; nothing was written",
-                found=str(value.dtype) if isinstance(value, LazyTensor) else type(value).__name__,
-                expected="float32, bfloat16 or float16",
-                fix=f"leave it out with --skip-key {key}, if it is not part of the model",
-            )
-    return tensors
+        elif short in model:
+            raise CorruptError(f"{name} in {path} has one parameter twice", found=str(short))
+        else:
+            model[short] = value
+    return tensors_of(model, name, path, dropped)

@@ -9,7 +9,7 @@ names of its own. What they share with Megatron's arguments keeps its name, so w
 refuses there it refuses here. A file that leaves out something that changes the computation,
 because the class it names decides it, is not used: mtt asks for the arguments instead.
 
-YAML is read as data: tags make nothing. (nemo/collections/llm/gpt/model/base.py,
+(nemo/collections/llm/gpt/model/base.py,
 megatron/bridge/models/gpt_provider.py, NeMo's megatron_gpt_config.yaml.)
 """
 
@@ -17,13 +17,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Any
 
 from .. import sources
-from ..errors import CorruptError, UnsupportedError
+from ..errors import UnsupportedError
+from .yaml_files import read_yaml
 
 Config = Mapping[str, object]
-_MOST_BYTES = 8 << 20
 # Without these a default of some class decides what the model computes.
 _TELLING = (
     "num_layers hidden_size num_attention_heads ffn_hidden_size normalization layernorm_epsilon "
@@ -61,6 +60,21 @@ _NEMO_NEUTRAL: dict[str, tuple[object, ...]] = {
     # Its ALiBi may give only some heads a slope.
     "position_embedding_type": (None, "learned_absolute", "rope", "none"),
 }
+# Read below, or how a model was trained and run: nothing to warn of.
+_NEMO_KNOWN = frozenset(
+    (
+        "mcore_gpt precision bias_activation_fusion bias_gelu_fusion qkv_bias rotary_percentage "
+        "scale_positional_embedding share_embeddings_and_output_weights "
+        "activations_checkpoint_granularity activations_checkpoint_layers_per_pipeline "
+        "apex_transformer_log_level bias_dropout_add_fusion do_layer_norm_weight_decay "
+        "get_attention_mask_from_fusion grad_allreduce_chunk_size_mb grad_div_ar_fusion "
+        "gradient_as_bucket_view megatron_amp_O2 name native_amp_growth_interval "
+        "native_amp_init_scale nemo_version nsys_profile "
+        "num_micro_batches_with_partial_activation_checkpoints post_process pre_process "
+        "reduce_amax resume_from_checkpoint sync_batch_comm target transformer_engine "
+        "ub_tp_comm_overlap use_emha use_flash_attention use_scaled_init_method"
+    ).split()
+) | set(_NEMO_NEUTRAL)
 
 
 def arguments_beside(folder: str) -> tuple[Config | None, str]:
@@ -87,35 +101,6 @@ def arguments_beside(folder: str) -> tuple[Config | None, str]:
     if missing := [key for key in _TELLING if config.get(key) is None]:
         return None, f"{name} of {writer} does not say {', '.join(missing)}"
     return _from_provider(config, path), f"{name} of {writer} says what the model is"
-
-
-def read_yaml(data: bytes, path: str) -> dict[str, Any]:
-    """A YAML file as plain values; what a tag would make is left out.
-
-    Raises:
-        CorruptError: it is no YAML mapping.
-    """
-    import yaml
-
-    loader_class: Any = type("PlainLoader", (yaml.SafeLoader,), {})
-
-    def plain(loader: Any, _: str, node: Any) -> object:
-        if isinstance(node, yaml.MappingNode):
-            return loader.construct_mapping(node, deep=True)
-        if isinstance(node, yaml.SequenceNode):
-            return loader.construct_sequence(node, deep=True)
-        return loader.construct_scalar(node)
-
-    loader_class.add_multi_constructor("", plain)
-    try:
-        content = yaml.load(data, loader_class) if len(data) <= _MOST_BYTES else None
-    except (yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise CorruptError(
-            f"{path} is damaged", found=str(error).splitlines()[0][:200], expected="YAML"
-        ) from error
-    if not isinstance(content, dict):
-        raise CorruptError(f"{path} is damaged", found=type(content).__name__, expected="a mapping")
-    return content
 
 
 def _from_provider(config: Config, path: str) -> dict[str, object]:
@@ -154,7 +139,7 @@ def from_model_config(config: Config, path: str) -> dict[str, object]:
     if odd or activation not in _NEMO_ACTIVATIONS or norm not in _NEMO_NORMS:
         named = [*odd, "activation", "normalization"]
         raise _unknown(path, ", ".join(f"{key} = {config.get(key)}" for key in named))
-    args = _scalars(config)
+    args = {name: value for name, value in _scalars(config).items() if name not in _NEMO_KNOWN}
     has_bias = config.get("bias", True) is True
     fused = config.get("bias_activation_fusion", config.get("bias_gelu_fusion", True)) is True
     args |= {**_NEMO_ACTIVATIONS[activation], **_NEMO_NORMS[norm]}

@@ -51,7 +51,7 @@ def load(path: str, offset: int = 0, length: int | None = None) -> Any:
         with open_file(path) as file:
             end = file.size if length is None else offset + length
             if not 0 <= offset < end <= file.size:
-                raise damaged(path, f"{file.size} bytes", f"at least {end}")
+                raise damaged(path, f"{file.size} bytes", f"at least {max(end, offset + 1)}")
             if torch_legacy.is_legacy(file, offset):
                 return torch_legacy.load(path, file, offset, end)
             if length is None:

@@ -8,7 +8,8 @@ that: these functions let through what metadata can be, and stop at the rest.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from ..boxes import Ints
@@ -142,8 +143,35 @@ def iteration(content: Mapping[str, object], place: Place, where: str) -> int | 
     return value if isinstance(value, int) else place.iteration
 
 
-def sizes(value: object, what: str) -> Ints:
-    """A tuple of sizes or offsets.
+def check_ranks_rise(places: Sequence[tuple[str, Mapping[str, object] | None]]) -> None:
+    """Hold ranks' places against the global ranks in their arguments.
+
+    Global ranks rise with pipeline and tensor rank: files copied to a wrong place show.
+    (megatron/core/parallel_state.py, the default order tp-cp-ep-dp-pp. Tools that write all
+    files from one process leave one and the same number in them.)
+
+    Args:
+        places: what messages call a rank's files, and its arguments, in that order.
+
+    Raises:
+        InconsistentError: a file stands in another rank's place.
+    """
+    numbers = [(args or {}).get("rank") for _, args in places]
+    known = [number for number in numbers if type(number) is int]
+    if len(known) < len(numbers) or len(set(known)) <= 1:
+        return
+    for ((before, _), low), ((where, _), high) in pairwise(zip(places, known, strict=True)):
+        if low >= high:
+            raise InconsistentError(
+                f"{where} holds the file of another rank; nothing was written",
+                found=f"global rank {high} in {where}, {low} in {before}",
+                expected="ranks that rise with the pipeline stage and the tensor-parallel rank",
+                fix="copy the files again from where they were written",
+            )
+
+
+def sizes(value: object, what: str, file: str = ".metadata") -> Ints:
+    """A tuple of sizes or offsets of something, as a file names them.
 
     Raises:
         CorruptError: it is something else.
@@ -153,7 +181,7 @@ def sizes(value: object, what: str) -> Ints:
     ):
         return tuple(value)
     raise CorruptError(
-        f".metadata is inconsistent about {what}",
+        f"{file} is inconsistent about {what}",
         found=f"a {type(value).__name__}",
         expected="sizes or offsets",
     )

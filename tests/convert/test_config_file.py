@@ -88,7 +88,7 @@ def test_set_wins_over_config(golden: Golden, tmp_path: Path) -> None:
     assert config["norm_eps"] == 1e-6
 
 
-@pytest.mark.parametrize("name", [name for name, preset in PRESETS.items() if not preset.bloom])
+@pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_says_all_that_shapes_do_not(name: str) -> None:
     architecture = PRESETS[name].architecture
     padded = -(-architecture.padded_vocab_size // 1024) * 1024

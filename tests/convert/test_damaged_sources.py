@@ -850,6 +850,8 @@ def test_weights_of_mixed_types(root: Path, out: Path) -> None:
         ({"layer_3_expert_0_mp_rank_00_model_states.pt": ""}, "mixture of experts"),
         ({".zmetadata": ""}, "zarr"),
         ({"model.safetensors": ""}, "without a config.json"),
+        ({"model_config.yaml": "", "mp_rank_00": None}, "archive of NeMo, unpacked"),
+        ({"model_config.yaml": "", "model_weights.ckpt": ""}, "archive of NeMo, unpacked"),
     ],
 )
 def test_formats_known_by_name_only(
@@ -863,6 +865,33 @@ def test_formats_known_by_name_only(
         else:
             (folder / name).write_text(content)
     refused(folder, out, UnsupportedError, says=kind)
+
+
+def test_distributed_files_without_metadata(tmp_path: Path, out: Path) -> None:
+    """FSDP's checkpoints have nothing else that says what they are."""
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x/__0_0.distcp").write_bytes(b"")
+    error = refused(tmp_path / "x", out, IncompleteError)
+    assert error.expected == ".metadata"
+
+
+def test_empty_files_are_told_how_much_is_expected(root: Path, out: Path) -> None:
+    os.truncate(shard(root), 0)
+    error = refused(root, out, CorruptError)
+    assert (error.found, error.expected) == ("0 bytes", "at least 1")
+
+
+def test_a_version_that_is_no_number(root: Path, out: Path) -> None:
+    with edited(shard(root)) as content:
+        content["checkpoint_version"] = float("nan")
+    refused(root, out, CorruptError, says="no readable checkpoint_version")
+
+
+def test_sizes_of_arrays_that_are_none(golden: Golden, tmp_path: Path, out: Path) -> None:
+    root = shutil.copytree(golden("mcore/tiny/core_0.15/zarr"), tmp_path / "zarr")
+    path = next(root.rglob(".zarray"))
+    path.write_text(path.read_text().replace('"shape": [', '"shape": [-1,'))
+    refused(root, out, CorruptError, says=".zarray is inconsistent")
 
 
 def test_another_sharded_backend(dist: Path, out: Path) -> None:

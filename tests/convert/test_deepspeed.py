@@ -20,6 +20,7 @@ from mtt_convert.errors import (
     MTTError,
     NotACheckpointError,
     UnsupportedError,
+    UsageError,
 )
 from mtt_convert.reading import FileReader
 from tests.convert.derived import copied, digest, edited, layer_files, read, resharded, write
@@ -31,8 +32,17 @@ GPT2_TP2 = "legacy/megatron-deepspeed-6acc370a-gpt2-tp2pp2"
 LLAMA = "legacy/megatron-deepspeed-6acc370a-llama-tp2pp1"
 BLOOM = "legacy/bigscience-8387ae17-bloom-tp2pp1"
 UNIVERSAL = "legacy/universal-6acc370a-gpt2-from-ZERO1bf16-tp2dp2"
+SINCE_2023 = "legacy/megatron-deepspeed-6acc370a-ZERO1bf16-gpt2-tp1pp1dp2"
+NO_PIPELINE = "legacy/megatron-deepspeed-6acc370a-NOPIPE-gpt2-tp2pp1"
 TAG = "global_step100"
 NAME = "layer_{:02d}-model_{:02d}-model_states.pt"
+SAID = {
+    "num_attention_heads": 4,
+    "layernorm_epsilon": 1e-5,
+    "bias_gelu_fusion": False,
+    "layernorm_zero_centered_gamma": False,
+    "untie_embeddings_and_output_weights": False,
+}
 Digest = Callable[[str], str]
 
 
@@ -82,9 +92,54 @@ def test_without_rank_files_the_user_says_the_rest(
     root = copied(golden(GPT2), tmp_path / "root")
     for path in (root / TAG).glob("mp_rank_*"):
         path.unlink()
-    said = {"num_attention_heads": 4, "layernorm_epsilon": 1e-5, "bias_gelu_fusion": False}
-    said |= {"layernorm_zero_centered_gamma": False, "vocab_size": 497}
+    said = {**SAID, "vocab_size": 497}
     assert digest(root, tmp_path / "hf", overrides=said) == digest_of(GPT2)
+
+
+@pytest.mark.parametrize("name", [GPT2, SINCE_2023, UNIVERSAL])
+@pytest.mark.parametrize("end", [0, -1])
+def test_a_layer_missing_at_an_end_without_rank_files(
+    name: str, end: int, golden: Golden, tmp_path: Path
+) -> None:
+    """Nothing else says how many layers there are, and so the rest would look whole."""
+    root = copied(golden(name), tmp_path / "root")
+    for path in root.rglob("mp_rank_*"):
+        path.unlink()
+    mtt_convert.open_checkpoint(root, overrides=SAID)
+    if name == UNIVERSAL:
+        number = sorted(int(p.name[0]) for p in (root / "zero").glob("*.mlp.*"))[end]
+        for path in (root / "zero").glob(f"{number}.*"):
+            shutil.rmtree(path)
+    else:
+        layers = sorted(p for (n, _), p in layer_files(root / TAG).items() if "mlp" in str(read(p)))
+        layers[end].unlink()
+    says = "the first or the last layer"
+    refused(root, tmp_path / "out", IncompleteError, overrides=SAID, says=says)
+
+
+def test_a_head_missing_without_rank_files(golden: Golden, tmp_path: Path) -> None:
+    """Its file is gone, or there never was one: only the user knows."""
+    root = copied(golden(LLAMA), tmp_path / "root")
+    for path in [*root.rglob("layer_07*"), *root.rglob("mp_rank_*")]:
+        path.unlink()
+    said = {name: value for name, value in SAID.items() if not name.startswith(("untie", "bias"))}
+    said |= {"swiglu": True, "position_embedding_type": "rope", "max_position_embeddings": 32}
+    said |= {"rotary_base": 10000, "rotary_percent": 1.0, "use_rope_scaling": False}
+    name = "untie_embeddings_and_output_weights"
+    says = f"--set {name}=True"
+    refused(root, tmp_path / "out", UsageError, overrides=said, says=says)
+    untied = {**said, name: True}
+    says = "output_layer.weight"
+    refused(root, tmp_path / "out", IncompleteError, overrides=untied, says=says)
+
+
+def test_ranks_in_each_others_place(golden: Golden, tmp_path: Path) -> None:
+    root = copied(golden(NO_PIPELINE), tmp_path / "root")
+    paths = [root / TAG / f"mp_rank_{rank:02d}_model_states.pt" for rank in (0, 1)]
+    paths[0].rename(tmp_path / "first")
+    paths[1].rename(paths[0])
+    (tmp_path / "first").rename(paths[1])
+    refused(root, tmp_path / "out", InconsistentError, says="holds the file of another rank")
 
 
 @pytest.mark.parametrize("kept", ["latest", "latest_checkpointed_iteration.txt", None])
@@ -95,6 +150,15 @@ def test_either_tracker_leads_to_the_tag(kept: str | None, root: Path) -> None:
     checkpoint = mtt_convert.open_checkpoint(root)
     assert checkpoint.folder == str(root / TAG)
     assert checkpoint.iteration == 100
+
+
+def test_trackers_that_name_different_folders(root: Path, tmp_path: Path) -> None:
+    shutil.copytree(root / TAG, root / "global_step200")
+    (root / "latest").write_text("global_step200")
+    refused(root, tmp_path / "out", UsageError, says="global_step100 in latest_checkpointed")
+    assert mtt_convert.open_checkpoint(root, iteration=200).iteration == 200
+    (root / "latest").write_text("global_step300")
+    assert mtt_convert.open_checkpoint(root).iteration == 100
 
 
 def test_iterations_are_chosen_as_megatrons_are(root: Path, tmp_path: Path) -> None:
@@ -318,6 +382,10 @@ def test_universal_with_a_gate(
     shutil.copy(tag / "mp_rank_00_model_states.pt", zero.parent)
     (root / "latest_universal").write_text(zero.parent.name)
     assert digest(root, tmp_path / "hf") == digest_of(LLAMA)
+    (zero.parent / "mp_rank_00_model_states.pt").unlink()
+    error = UsageError if marked else IncompleteError
+    says = "shapes do not say" if marked else "how many ranks hold gate and up in turn"
+    refused(root, tmp_path / "out", error, says=says)
 
 
 def test_a_parameter_without_weights(golden: Golden, tmp_path: Path) -> None:
@@ -342,7 +410,7 @@ def test_zero_3_is_refused_by_name(root: Path, tmp_path: Path) -> None:
 
 
 def test_a_model_without_pipeline_needs_all_ranks(golden: Golden, tmp_path: Path) -> None:
-    name = "legacy/megatron-deepspeed-6acc370a-NOPIPE-gpt2-tp2pp1"
+    name = NO_PIPELINE
     root = copied(golden(name), tmp_path / "root")
     path = root / TAG / "mp_rank_01_model_states.pt"
     path.unlink()

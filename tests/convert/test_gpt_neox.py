@@ -326,7 +326,9 @@ def test_norms_show_in_shapes_and_positions_do_not(golden: Golden, tmp_path: Pat
     assert digest(root, tmp_path / "hf", overrides=said) == expected
 
 
-@pytest.mark.parametrize("content", ["{", "a: [1", "!!python/object/apply:os.system [ls]"])
+@pytest.mark.parametrize(
+    "content", ["{", "a: [1", "!!python/object/apply:os.system [ls]", "a: !!bool b"]
+)
 def test_a_damaged_config(content: str, root: Path, tmp_path: Path) -> None:
     (root / TAG / "configs").mkdir()
     (root / TAG / "configs/x.yml").write_text(content)

@@ -67,6 +67,27 @@ def test_like_the_published_345m(golden: Golden, tmp_path: Path) -> None:
     assert code == 0 and "no checkpoint_version: rows of query_key_value by block" in out
 
 
+def test_a_copy_of_the_embedding_is_no_head_of_its_own(golden: Golden, tmp_path: Path) -> None:
+    """`word_embeddings_for_head`, on the last stage, says so where no arguments do."""
+    root = copied(golden(V26_TP2PP2), tmp_path / "root")
+    for path in root.rglob("model_optim_rng.pt"):
+        with edited(path) as content:
+            del content["args"]
+    said = {
+        "num_attention_heads": 4,
+        "layernorm_epsilon": 1e-5,
+        "layernorm_zero_centered_gamma": False,
+        "bias_gelu_fusion": False,
+        "vocab_size": 497,
+    }
+    expected = digest(golden(V26_TP2PP2), tmp_path / "golden")
+    assert digest(root, tmp_path / "hf", overrides=said) == expected
+    untied = {**said, "untie_embeddings_and_output_weights": True}
+    assert mtt_convert.open_checkpoint(
+        root, overrides=untied
+    ).architecture.untie_embeddings_and_output_weights
+
+
 def test_flat_names_of_2019(golden: Golden, tmp_path: Path) -> None:
     """model/gpt2_modeling.py: no `language_model`, and everything in one dict."""
     root = copied(golden(OLD), tmp_path / "root")

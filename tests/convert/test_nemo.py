@@ -25,7 +25,6 @@ from mtt_convert import (
     convert,
     open_checkpoint,
 )
-from mtt_convert.formats.nemo_config import read_yaml
 from tests.convert.surgery import TORCH, edited, edited_metadata, megatron_modules, run
 
 Golden = Callable[[str], Path]
@@ -136,6 +135,12 @@ class TestArchives:
         assert "format       nemo" in out
         assert "a tar of model_config.yaml and 4 model_weights.ckpt" in out
         assert "layout       TP2 x PP2" in out
+
+    def test_only_options_nobody_knows_are_warned_of(self, golden: Golden, tmp_path: Path) -> None:
+        said = {"megatron_amp_O2": True, "target": "x.MegatronGPTModel", "new_attention": True}
+        path = archive(golden, tmp_path / "llama.nemo", {**CONFIG_1, **said})
+        (warning,) = open_checkpoint(path).warnings
+        assert "does not know: new_attention;" in warning
 
     def test_from_a_url(self, golden: Golden, tmp_path: Path) -> None:
         archive(golden, tmp_path / "llama.nemo", CONFIG_1)
@@ -267,17 +272,6 @@ class TestFolders:
         self.say(bridge, {**PROVIDER, "num_moe_experts": 8})
         with pytest.raises(UnsupportedError, match="mixture of experts"):
             open_checkpoint(bridge)
-
-
-@pytest.mark.parametrize("text", ["a: [1", "- 1\n- 2", "a: &x [*x, *x]\n*x : 1", "\x00"])
-def test_yaml_that_is_none(text: str) -> None:
-    with pytest.raises(CorruptError):
-        read_yaml(text.encode(), "x.yaml")
-
-
-def test_tags_make_nothing() -> None:
-    text = "a: !!python/object/apply:os.system ['exit 1']\nb: !anything {c: 1}"
-    assert read_yaml(text.encode(), "x.yaml") == {"a": ["exit 1"], "b": {"c": 1}}
 
 
 def test_a_pickle_in_an_archive_is_read_as_data(tmp_path: Path) -> None:

@@ -211,6 +211,12 @@ class TestHub:
         assert "error: hf://owner/private was not found" in err
         assert "hf auth login" in err
 
+    @pytest.mark.parametrize("url", ["hf://", "hf://owner", "hf://owner/", "hf://owner@main"])
+    def test_a_url_without_a_repository(self, url: str, hub: Site) -> None:
+        code, _, err = run("inspect", url)
+        assert code == 2
+        assert "names no repository" in err and "hf://owner/repo" in err
+
     def test_a_gated_repository(self, hub: Site, repo: str) -> None:
         hub.status = {403: "/resolve/"}
         code, _, err = run("inspect", repo)
