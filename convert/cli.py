@@ -380,7 +380,8 @@ def _convert(commands: argparse._SubParsersAction[_Parser]) -> None:
         default="mtt",
         metavar="NAME",
         help="class to write: mtt, or llama, qwen2, ... if it computes exactly the same; auto: "
-        "such a class if there is one (default: mtt)",
+        "such a class if it can be split over devices and lets choose its attention, else mtt "
+        "(default: mtt)",
     )
     parser.add_argument(
         "--dtype",

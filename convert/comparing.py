@@ -258,8 +258,16 @@ def verify(folder: str | os.PathLike[str], *, progress: Progress | None = None) 
     Raises:
         NotACheckpointError: it has no manifest.
         IncompleteError: its conversion did not finish.
+        UsageError: it is on another machine.
     """
     folder = os.fspath(folder)
+    if sources.is_remote(folder):
+        raise UsageError(
+            "only folders of this machine are verified",
+            found=folder,
+            expected="a folder that mtt convert wrote, or a copy of it",
+            fix="download it first, from the Hub with hf download OWNER/REPO --local-dir FOLDER",
+        )
     record = manifest.read(folder)
     if record["status"] != "complete":
         raise IncompleteError(

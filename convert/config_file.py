@@ -20,7 +20,7 @@ from .errors import MTTError, UsageError
 from .families import FAMILIES
 from .megatron_args import described_arguments
 from .preset_files import preset_config
-from .presets import PRESETS
+from .presets import PRESETS, nearest_preset
 
 _WORDS: dict[str, object] = {"true": True, "false": False, "none": None, "null": None, "~": None}
 _EXPECTED = (
@@ -96,7 +96,9 @@ def _lines(text: str, path: str) -> dict[str, object]:
 
 
 def _cannot_be_used(path: str, found: str) -> UsageError:
-    return UsageError(f"{path} cannot be used", found=found, expected=_EXPECTED)
+    preset = None if os.path.exists(path) else nearest_preset(path)
+    fix = f"--config {preset}" if preset else None
+    return UsageError(f"{path} cannot be used", found=found, expected=_EXPECTED, fix=fix)
 
 
 def _described(config: dict[str, object], path: str) -> dict[str, object]:

@@ -28,7 +28,10 @@ from .version import __version__
 SCHEME = "hf://"
 MAIN = "main"
 CARD = "README.md"
-_NAME = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)
+# The Hub's own rules: no `..`, no `--`, and nothing but a letter or number at the ends.
+_NAME = re.compile(
+    r"(?!.*(\.\.|--))[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*(?<![.-])(?<!\.git)", re.ASCII
+)
 _REVISION = re.compile(r"[\w][\w./-]*", re.ASCII)
 # Besides what mtt itself writes, what a loader might take for the model.
 _WEIGHTS = re.compile(r"[^/]+\.safetensors(\.index\.json)?|(pytorch_model|model)[^/]*\.bin[^/]*")

@@ -13,6 +13,7 @@ positions, and a norm after the embedding.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -121,8 +122,14 @@ def find_preset(name: str) -> Preset:
         raise UsageError(
             f"{name} is neither a path nor a preset",
             expected=f"a folder, or one of {', '.join(PRESETS)}",
+            fix=nearest_preset(name),
         )
     return PRESETS[name]
+
+
+def nearest_preset(name: str) -> str | None:
+    """The name of the preset that a misspelt one may mean."""
+    return next(iter(difflib.get_close_matches(name.lower(), PRESETS, 1, 0.8)), None)
 
 
 _MEGATRON = "Megatron-LM paper, https://arxiv.org/abs/1909.08053"

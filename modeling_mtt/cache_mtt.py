@@ -7,6 +7,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.utils import is_tracing
 
 from .configuration_mtt import MTTConfig
+from .linear_mtt import is_transformed
 
 
 class MTTDynamicLayer(DynamicLayer):
@@ -42,11 +43,24 @@ class MTTDynamicLayer(DynamicLayer):
             or keys.numel() < self.SMALLEST
             or torch.is_grad_enabled()
             or is_tracing(key_states)
+            or is_transformed()
+            or not (_is_alike(keys, key_states) and _is_alike(values, value_states))
         ):
             return super().update(key_states, value_states, *args, **kwargs)
         self.keys = keys = self._keys.append(keys, key_states)
         self.values = values = self._values.append(values, value_states)
         return keys, values
+
+
+def _is_alike(past: torch.Tensor, new: torch.Tensor) -> bool:
+    """Return whether a copy into the past does what `torch.cat` would: it also casts, and fills."""
+    return (
+        type(new) is type(past) is torch.Tensor
+        and new.dtype == past.dtype
+        and new.device == past.device
+        and new.shape[:-2] == past.shape[:-2]
+        and new.shape[-1] == past.shape[-1]
+    )
 
 
 class _Growing:
@@ -59,7 +73,13 @@ class _Growing:
     def append(self, past: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
         length = past.shape[-2]
         total = length + new.shape[-2]
-        if past is not self.shown or self.reserved is None or total > self.reserved.shape[-2]:
+        if (
+            past is not self.shown
+            or self.reserved is None
+            or total > self.reserved.shape[-2]
+            # What inference_mode made is not written to outside of it.
+            or (self.reserved.is_inference() and not torch.is_inference_mode_enabled())
+        ):
             room = 1 + int(total * MTTDynamicLayer.ROOM)
             self.reserved = past.new_empty((*past.shape[:-2], total + room, past.shape[-1]))
             self.reserved.narrow(-2, 0, length).copy_(past)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn.modules import module as modules
 
 # Weights of fewer values are read sooner by MKL, which has less to prepare. On one thread that
@@ -55,9 +56,39 @@ def project(linear: nn.Module, states: torch.Tensor) -> torch.Tensor:
     weight, bias = linear._parameters["weight"], linear._parameters["bias"]
     assert weight is not None and _ONEDNN is not None
     smallest = SMALLEST_FOR_ONEDNN if torch.get_num_threads() > 1 else SMALLEST_ON_ONE_THREAD
-    if weight.numel() < smallest:
+    if weight.numel() < smallest or is_transformed() or not _is_readable(states, weight, bias):
         return nn.functional.linear(states, weight, bias)
     return _ONEDNN(states, weight, bias, "none", [], "")
+
+
+def is_transformed() -> bool:
+    """Return whether forward derivatives, vmap or a function mode follow each operation.
+
+    `no_grad` stops none of them, and `type` does not tell the tensors of theirs.
+    """
+    return (
+        forward_ad._current_level >= 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._len_torch_function_stack() > 0
+    )
+
+
+def _is_readable(states: torch.Tensor, weight: nn.Parameter, bias: nn.Parameter | None) -> bool:
+    """Return whether oneDNN, which checks little, would read each value where it lies."""
+    return (
+        weight.layout == states.layout == torch.strided
+        and states.shape[-1] == weight.shape[-1]
+        and (
+            bias is None
+            or (
+                type(bias) is nn.Parameter
+                and bias.dtype == weight.dtype
+                and bias.is_cpu
+                and bias.shape == weight.shape[:1]
+                and bias.is_contiguous()
+            )
+        )
+    )
 
 
 def _is_plain(linear: nn.Linear, states: torch.Tensor) -> bool:

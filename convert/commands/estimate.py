@@ -28,6 +28,8 @@ _DEFAULT_LENGTH, _DEFAULT_DTYPE = 2048, "bfloat16"
 _GPUS_PER_MACHINE = 8
 _MOST_GPUS = 1 << 16
 _MOST_LINES = 12
+_UNIT_MEANT = 1_000_000
+"""Of so few bytes nobody has a GPU: the unit was forgotten."""
 
 
 def run(args: argparse.Namespace) -> int:
@@ -83,6 +85,14 @@ def _check(args: argparse.Namespace) -> None:
             raise UsageError(f"an impossible {option}", found=str(value), expected="at least 1")
     if args.gpus > _MOST_GPUS:
         raise UsageError("too many GPUs", found=str(args.gpus), expected=f"at most {_MOST_GPUS}")
+    memory = args.gpu_memory.strip()
+    if memory.isdecimal() and 0 < int(memory) < _UNIT_MEANT:
+        raise UsageError(
+            "--gpu-memory has no unit",
+            found=f"{memory}, which means bytes",
+            expected="a size like 80GB",
+            fix=f"--gpu-memory {memory}GB",
+        )
 
 
 def _bandwidth(text: str) -> int:

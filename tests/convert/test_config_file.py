@@ -146,3 +146,10 @@ def test_a_path_that_is_not_there_is_no_preset(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="cannot be used") as error:
         read_config_file(str(tmp_path / "mt-nlg-530b"))
     assert "the name of a preset" in str(error.value.expected)
+    assert error.value.fix is None
+
+
+def test_a_misspelt_preset_is_recognised() -> None:
+    with pytest.raises(UsageError, match="cannot be used") as error:
+        read_config_file("Megatron-gpt2-345")
+    assert error.value.fix == "--config megatron-gpt2-345m"

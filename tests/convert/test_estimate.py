@@ -365,6 +365,8 @@ def test_bloom_has_no_command_for_vllm() -> None:
         (["mt-nlg-530b", "--gpus", "0"], "an impossible --gpus"),
         (["mt-nlg-530b", "--batch-size", "0"], "an impossible --batch-size"),
         (["mt-nlg-530b", "--gpu-memory", "much"], "'much' is no size"),
+        (["mt-nlg-530b", "--gpu-memory", "80"], "fix:      --gpu-memory 80GB"),
+        (["mt-nlg-530"], "fix:      mt-nlg-530b"),
         (["mt-nlg-530b", "--gpu-bandwidth", "fast"], "'fast' is no size"),
         (["mt-nlg-530b", "--sequence-length", "4096"], "no positions for such a sequence"),
         (["mt-nlg-530b", "--gpus", "1000000000"], "too many GPUs"),

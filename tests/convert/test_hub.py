@@ -569,8 +569,19 @@ def test_places_are_parsed() -> None:
     assert parse_place("hf://a/b") == parse_place("a/b") == HubPlace("a/b", "main")
     assert parse_place("hf://a/b@refs/pr/1") == HubPlace("a/b", "refs/pr/1")
     assert parse_place("a/b", "dev") == HubPlace("a/b", "dev")
-    with pytest.raises(UsageError, match="no repository"):
-        parse_place("a/b@../c")
+    for text in ("a/b@../c", "a/b..c", "a/b--c", "a/b.", "a/b-", "a/b.git"):
+        with pytest.raises(UsageError, match="no repository"):
+            parse_place(text)
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    for text in ("a/b.c-d_e", "a/_b", "a-b/c1", "a/b..c", "a/b--c", "a/b.", "a/b-", "a/b.git"):
+        try:
+            validate_repo_id(text)
+        except HFValidationError:
+            with pytest.raises(UsageError):
+                parse_place(text)
+        else:
+            assert parse_place(text).repo_id == text
 
 
 def test_the_same_from_python(hub: HubServer, tmp_path: Path) -> None:

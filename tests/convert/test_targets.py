@@ -660,6 +660,11 @@ def test_a_killed_run_leaves_nothing_whole(killed: Path) -> None:
     assert code == 3 and "convert again" in err
 
 
+def test_a_folder_of_another_machine_is_to_be_downloaded() -> None:
+    code, _, err = run("verify", "hf://owner/repo")
+    assert code == 2 and "hf download" in err
+
+
 def test_a_killed_run_cannot_be_loaded(killed: Path) -> None:
     from transformers import AutoConfig
 

@@ -112,3 +112,42 @@ def test_texts_are_those_of_a_cache_that_copies(tiny_model, monkeypatch, preset,
     monkeypatch.setattr(cache_mtt, "MTTDynamicLayer", DynamicLayer)
     expected = model.generate(input_ids, **options)
     assert found.sequences.tolist() == expected.sequences.tolist()
+
+
+def test_what_inference_mode_filled_grows_outside_of_it():
+    layer, native = MTTDynamicLayer(), DynamicLayer()
+    inference, no_grad = torch.inference_mode, torch.no_grad
+    for num_tokens, mode in ((20, inference), (1, inference), (1, no_grad), (1, inference)):
+        new = states(num_tokens)
+        with mode():
+            found, expected = layer.update(*new), native.update(*new)
+        assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+
+
+@torch.no_grad()
+def test_other_element_types_are_joined_as_torch_does():
+    layer, native = MTTDynamicLayer(), DynamicLayer()
+    for dtype in (torch.bfloat16, torch.bfloat16, torch.float32, torch.float32, torch.bfloat16):
+        new = [each.to(dtype) for each in states(2)]
+        found, expected = layer.update(*new), native.update(*new)
+        assert found[0].dtype == expected[0].dtype
+        assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+
+
+@torch.no_grad()
+def test_another_batch_is_refused():
+    layer = MTTDynamicLayer()
+    layer.update(*states(2))
+    layer.update(*states(2))
+    with pytest.raises(RuntimeError, match="Sizes of tensors must match"):
+        layer.update(*(each[:1] for each in states(1)))
+
+
+@torch.no_grad()
+def test_a_cache_under_vmap_is_left_alone():
+    layer = MTTDynamicLayer()
+    layer.update(*states(2))
+    past, _ = layer.update(*states(1))
+    keys, values = torch.randn(5, 2, 3, 1, 4), torch.randn(5, 2, 3, 1, 4)
+    found = torch.func.vmap(lambda k, v: copy.copy(layer).update(k, v)[0])(keys, values)
+    assert torch.equal(found, torch.cat([past.expand(5, *past.shape), keys], dim=-2))

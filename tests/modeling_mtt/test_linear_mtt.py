@@ -87,6 +87,65 @@ def test_where_something_watches(calls):
     assert not calls
 
 
+def with_bias(values):
+    return lambda linear: setattr(linear, "bias", nn.Parameter(values))
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta:UserWarning")
+@pytest.mark.parametrize(
+    "change",
+    [
+        with_bias(torch.arange(48.0)[::2]),
+        with_bias(torch.ones(1).expand(24)),
+        with_bias(torch.ones(1)),
+        lambda linear: setattr(linear, "weight", nn.Parameter(linear.weight.to_sparse_csr())),
+    ],
+    ids=["strided", "expanded", "one for all", "sparse weight"],
+)
+def test_values_that_lie_elsewhere_are_found(calls, change):
+    linear, states = nn.Linear(16, 24), torch.randn(2, 16)
+    change(linear)
+    with torch.no_grad():
+        torch.testing.assert_close(project(linear, states), linear(states))
+    assert not calls
+
+
+@torch.no_grad()
+def test_an_input_of_the_wrong_width_is_named(calls):
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        project(nn.Linear(16, 24), torch.randn(2, 15))
+
+
+@torch.no_grad()
+def test_forward_derivatives_and_vmap_reach_the_layer(calls):
+    linear, states = nn.Linear(16, 24), torch.randn(2, 16)
+    _, found = torch.func.jvp(lambda x: project(linear, x), (states,), (torch.ones(2, 16),))
+    _, expected = torch.func.jvp(linear, (states,), (torch.ones(2, 16),))
+    assert expected.any() and torch.equal(found, expected)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(states, torch.ones(2, 16))
+        unpacked = torch.autograd.forward_ad.unpack_dual(project(linear, dual))
+        assert torch.equal(unpacked.tangent, expected)
+    mapped = torch.func.vmap(lambda x: project(linear, x))(states)
+    torch.testing.assert_close(mapped, linear(states))
+    assert not calls
+
+
+@torch.no_grad()
+def test_a_function_mode_sees_the_product(calls):
+    class Seeing(torch.overrides.TorchFunctionMode):
+        seen = ()
+
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            self.seen = (*self.seen, function)
+            return function(*args, **(kwargs or {}))
+
+    linear, states = nn.Linear(16, 24), torch.randn(2, 16)
+    with Seeing() as mode:
+        project(linear, states)
+    assert nn.functional.linear in mode.seen and not calls
+
+
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_adapters_are_used(tiny_model, calls):
     peft = pytest.importorskip("peft")
