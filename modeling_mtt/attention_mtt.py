@@ -1,6 +1,8 @@
 """Attention functions that transformers does not have: eager with a bias, and torch's varlen."""
 
 import inspect
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -171,7 +173,7 @@ def _varlen(
 ) -> torch.Tensor:
     """Call the `varlen_attn` of this PyTorch: states `[tokens, heads, head_dim]`."""
     query, key, value = states
-    accepted = inspect.signature(varlen_attn).parameters
+    accepted = _parameters_of(varlen_attn)
     options: dict[str, Any] = {"scale": scale}
     if "window_size" in accepted:
         options["window_size"] = (-1 if sliding_window is None else sliding_window - 1, 0)
@@ -199,6 +201,11 @@ def _varlen(
         ) from error
     assert isinstance(output, torch.Tensor)
     return output
+
+
+@cache
+def _parameters_of(function: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)
 
 
 def torch_varlen_mask(

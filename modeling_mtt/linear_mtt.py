@@ -13,8 +13,7 @@ SMALLEST_FOR_ONEDNN = 2**18
 SMALLEST_ON_ONE_THREAD = 2**20
 
 # PyTorch multiplies float32 by MKL, which uses one thread for one row and reads weights several
-# times for a few. oneDNN does neither. It has no name in Python but this operator's, which
-# torch.compile emits for the same reason.
+# times for a few. oneDNN does neither. It has no name in Python but this operator's.
 _ONEDNN: Callable[..., torch.Tensor] | None = None
 if torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available():
     _ONEDNN = getattr(getattr(torch.ops.mkldnn, "_linear_pointwise", None), "default", None)

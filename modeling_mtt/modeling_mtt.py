@@ -104,10 +104,7 @@ class MTTZeroCenteredRMSNorm(nn.Module):
         self.variance_epsilon = eps
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        weight = 1.0 + self.weight.float()
-        return _rms_norm(hidden_states.float(), weight, self.variance_epsilon).to(
-            hidden_states.dtype
-        )
+        return _rms_norm(hidden_states, 1.0 + self.weight.float(), self.variance_epsilon)
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
