@@ -18,7 +18,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
-from typing import NoReturn, TypeAlias
+from typing import Any, NoReturn, TypeAlias
 
 from .errors import MTTError, UsageError
 from .version import __version__
@@ -570,6 +570,32 @@ def _push(commands: argparse._SubParsersAction[_Parser]) -> None:
     _add_overwrite(parser, "replace another model in the branch; it stays in the history")
     _add_upload_options(parser)
     _add_json(parser)
+
+
+def source_options(args: argparse.Namespace) -> dict[str, Any]:
+    """How to open a Megatron checkpoint: the options of `open_checkpoint` of the same names.
+
+    Raises:
+        UsageError: see `overrides`.
+    """
+    return {
+        "iteration": args.iteration,
+        "overrides": overrides(args),
+        "skip_keys": args.skip_key,
+        "qkv_order": args.qkv_order,
+    }
+
+
+def given_source_options(args: argparse.Namespace) -> list[str]:
+    """Those of the options of a Megatron checkpoint that were given."""
+    given = {
+        "--iteration": args.iteration is not None,
+        "--set": args.set,
+        "--config": args.config is not None,
+        "--skip-key": args.skip_key,
+        "--qkv-order": args.qkv_order != "auto",
+    }
+    return [name for name, value in given.items() if value]
 
 
 def overrides(args: argparse.Namespace) -> dict[str, object]:
