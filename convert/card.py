@@ -45,11 +45,11 @@ tags:
 
 # {title}
 
-{_table(_model_rows(architecture, num_parameters, dtype))}
+{table(_model_rows(architecture, num_parameters, dtype))}
 
 ## Origin
 
-{_table(_origin_rows(checkpoint))}
+{table(_origin_rows(checkpoint))}
 
 `{MANIFEST}` has a hash of every tensor and file, with which `mtt verify FOLDER` compares them.
 
@@ -78,7 +78,8 @@ def _list(items: list[str]) -> str:
     return "\n".join(f"- {item}" for item in items)
 
 
-def _table(rows: Rows) -> str:
+def table(rows: Rows) -> str:
+    """Label and value in Markdown, a line each; empty values are left out."""
     lines = [f"| {name} | {value} |" for name, value in rows if value not in (None, "")]
     return "\n".join(["| | |", "|---|---|", *lines])
 

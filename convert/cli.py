@@ -18,7 +18,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
-from typing import NoReturn, TypeAlias
+from typing import Any, NoReturn, TypeAlias
 
 from .errors import MTTError, UsageError
 from .version import __version__
@@ -257,7 +257,14 @@ def _add_source_options(parser: Options) -> None:
         metavar="NAME",
         help="an entry to leave out that is not part of the model; may be repeated",
     )
-    _add_row_order(parser)
+    parser.add_argument(
+        "--qkv-order",
+        default="auto",
+        choices=("auto", "head", "block", "element"),
+        help="order of the rows of query_key_value on each rank, where the checkpoint is wrong "
+        "about it: head (checkpoint_version 2 and 3), block (0: queries, keys, values) or element "
+        "(1); docs/formats.md says when to suspect that (default: auto)",
+    )
 
 
 def _add_replicated(parser: Options) -> None:
@@ -266,17 +273,6 @@ def _add_replicated(parser: Options) -> None:
         choices=("error", "first", "average"),
         help="if ranks hold different copies of a parameter (default: average for DeepSpeed's "
         "checkpoints, whose copies drift, else error)",
-    )
-
-
-def _add_row_order(parser: Options) -> None:
-    parser.add_argument(
-        "--qkv-order",
-        default="auto",
-        choices=("auto", "head", "block", "element"),
-        help="order of the rows of query_key_value on each rank, where the checkpoint is wrong "
-        "about it: head (checkpoint_version 2 and 3), block (0: queries, keys, values) or element "
-        "(1); docs/formats.md says when to suspect that (default: auto)",
     )
 
 
@@ -316,6 +312,15 @@ def _add_upload_options(group: Options) -> None:
     )
 
 
+def _add_dtype(parser: argparse.ArgumentParser, meaning: str) -> None:
+    choices = ("auto", "float32", "bfloat16", "float16")
+    parser.add_argument("--dtype", default="auto", choices=choices, help=meaning)
+
+
+def _add_overwrite(parser: argparse.ArgumentParser, meaning: str) -> None:
+    parser.add_argument("--overwrite", action="store_true", help=meaning)
+
+
 def _add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
 
@@ -329,9 +334,7 @@ def _demo(commands: argparse._SubParsersAction[_Parser]) -> None:
         "mtt demo --output sample-hf     keep the converted folder",
     )
     parser.add_argument("--output", metavar="OUT", help="keep the converted folder here")
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace an earlier conversion in OUT"
-    )
+    _add_overwrite(parser, "replace an earlier conversion in OUT")
 
 
 def _inspect(commands: argparse._SubParsersAction[_Parser]) -> None:
@@ -383,12 +386,7 @@ def _convert(commands: argparse._SubParsersAction[_Parser]) -> None:
         "such a class if it can be split over devices and lets choose its attention, else mtt "
         "(default: mtt)",
     )
-    parser.add_argument(
-        "--dtype",
-        default="auto",
-        choices=("auto", "float32", "bfloat16", "float16"),
-        help="element type to write (default: auto, as stored)",
-    )
+    _add_dtype(parser, "element type to write (default: auto, as stored)")
     parser.add_argument(
         "--tokenizer",
         metavar="PATH",
@@ -416,9 +414,7 @@ def _convert(commands: argparse._SubParsersAction[_Parser]) -> None:
         choices=("xxh3", "sha256", "none"),
         help="per tensor, for the manifest (default: xxh3)",
     )
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace an earlier conversion in OUT"
-    )
+    _add_overwrite(parser, "replace an earlier conversion in OUT")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and write nothing")
     parser.add_argument(
         "--all-iterations",
@@ -495,12 +491,7 @@ def _generate(commands: argparse._SubParsersAction[_Parser]) -> None:
         help="0 takes the likeliest token every time (default: 0)",
     )
     parser.add_argument("--seed", type=int, default=0, help="for temperatures above 0 (default: 0)")
-    parser.add_argument(
-        "--dtype",
-        default="auto",
-        choices=("auto", "float32", "bfloat16", "float16"),
-        help="element type to compute in (default: auto, as stored)",
-    )
+    _add_dtype(parser, "element type to compute in (default: auto, as stored)")
     parser.add_argument(
         *_SIZES[0][:2],
         type=int,
@@ -555,12 +546,7 @@ def _estimate(commands: argparse._SubParsersAction[_Parser]) -> None:
     parser.add_argument(
         "--batch-size", type=int, default=1, metavar="N", help="prompts at once (default: 1)"
     )
-    parser.add_argument(
-        "--dtype",
-        default="auto",
-        choices=("auto", "float32", "bfloat16", "float16"),
-        help="element type of weights and KV cache (default: auto, the model's)",
-    )
+    _add_dtype(parser, "element type of weights and KV cache (default: auto, the model's)")
     _add_source_options(parser)
     _add_json(parser)
 
@@ -581,13 +567,35 @@ def _push(commands: argparse._SubParsersAction[_Parser]) -> None:
     parser.add_argument(
         "--revision", metavar="R", help="the branch, made if it is not there (default: main)"
     )
-    parser.add_argument(
-        "--overwrite",
-        action="store_true",
-        help="replace another model in the branch; it stays in the history",
-    )
+    _add_overwrite(parser, "replace another model in the branch; it stays in the history")
     _add_upload_options(parser)
     _add_json(parser)
+
+
+def source_options(args: argparse.Namespace) -> dict[str, Any]:
+    """How to open a Megatron checkpoint: the options of `open_checkpoint` of the same names.
+
+    Raises:
+        UsageError: see `overrides`.
+    """
+    return {
+        "iteration": args.iteration,
+        "overrides": overrides(args),
+        "skip_keys": args.skip_key,
+        "qkv_order": args.qkv_order,
+    }
+
+
+def given_source_options(args: argparse.Namespace) -> list[str]:
+    """Those of the options of a Megatron checkpoint that were given."""
+    given = {
+        "--iteration": args.iteration is not None,
+        "--set": args.set,
+        "--config": args.config is not None,
+        "--skip-key": args.skip_key,
+        "--qkv-order": args.qkv_order != "auto",
+    }
+    return [name for name, value in given.items() if value]
 
 
 def overrides(args: argparse.Namespace) -> dict[str, object]:

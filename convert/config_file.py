@@ -23,6 +23,7 @@ from .preset_files import preset_config
 from .presets import PRESETS, nearest_preset
 
 _WORDS: dict[str, object] = {"true": True, "false": False, "none": None, "null": None, "~": None}
+_ACCEPTED = {*SETTINGS, *NEUTRAL} - {*RENAMED, *FOREIGN}
 _EXPECTED = (
     "a JSON object of Megatron arguments, or NAME: VALUE lines; a folder with the config.json of "
     "an MTT model; or the name of a preset"
@@ -122,11 +123,7 @@ def _described(config: dict[str, object], path: str) -> dict[str, object]:
         ) from error
     # How far the table is padded, the checkpoint's own shape says.
     del arguments["padded_vocab_size"], arguments[OWN]
-    said = {name: value for name, value in arguments.items() if name in _accepted()}
+    said = {name: value for name, value in arguments.items() if name in _ACCEPTED}
     if architecture.params_dtype is not None:
         said["params_dtype"] = architecture.params_dtype
     return {**said, "vocab_size": architecture.vocab_size}
-
-
-def _accepted() -> set[str]:
-    return {*SETTINGS, *NEUTRAL} - {*RENAMED, *FOREIGN}

@@ -67,12 +67,7 @@ class UploadState:
                     fix="leave out --resume to begin again",
                 )
             self.files = dict(state["files"]) if state else {}
-            for name in set(os.listdir(self.folder)) - {LOCK, _STATE}:
-                path = os.path.join(self.folder, name)
-                shutil.rmtree(path) if os.path.isdir(path) else os.unlink(path)
-            if state is None:
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(os.path.join(self.folder, _STATE))
+            self._clear(notes=state is None)
         except OSError as error:
             failure = target_error(self.folder, error)
             failure.fix = "set HF_HOME to a folder that you may write to and that has room"
@@ -117,15 +112,17 @@ class UploadState:
         """Give the folder back; of what is not committed, keep the notes."""
         if not self._lock.held:
             return
-        for name in set(os.listdir(self.folder)) - {LOCK, _STATE}:
-            path = os.path.join(self.folder, name)
-            shutil.rmtree(path) if os.path.isdir(path) else os.unlink(path)
-        if committed:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(os.path.join(self.folder, _STATE))
+        self._clear(notes=committed)
         self._lock.release()
         with contextlib.suppress(OSError):  # it still has notes
             os.rmdir(self.folder)
+
+    def _clear(self, *, notes: bool) -> None:
+        """Remove the files that wait, and the notes too if they are of no use."""
+        kept = {LOCK} if notes else {LOCK, _STATE}
+        for name in set(os.listdir(self.folder)) - kept:
+            path = os.path.join(self.folder, name)
+            shutil.rmtree(path) if os.path.isdir(path) else os.unlink(path)
 
     def _read(self) -> dict[str, Any] | None:
         """The notes of an earlier run; None if there are none that can be used."""

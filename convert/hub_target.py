@@ -57,7 +57,7 @@ class HubSink:
         self._plan, self._algorithm, self._overwrite = plan, algorithm, overwrite
         self._branch = Branch(place, private, create_pr)
         self._state = UploadState(place, work_of_plan(plan, algorithm), resume)
-        self._writer = FileWriter(self._state.folder, algorithm)
+        self._writer = FileWriter(self._state.folder, self.manifest)
         self._progress, self._done = progress, 0
         self._blobs: list[Blob] = []
         self._outdated: set[str] = set()
@@ -127,8 +127,7 @@ class HubSink:
 
     def tensor_done(self, file: PlannedFile, tensor: PlannedTensor, digest: str) -> None:
         """Note a tensor's hash, and its checksum where the file asks for it."""
-        self._writer.tensor_done(file, tensor)
-        self.manifest["files"][file.name]["tensors"][tensor.name] = digest
+        self._writer.tensor_done(file, tensor, digest)
 
     def file_done(self, file: PlannedFile) -> None:
         """Complete a file, wait until the one before it is uploaded, and begin its upload.
@@ -137,9 +136,7 @@ class HubSink:
             TargetError: the disk is full or the folder not writable.
             HubError: the upload of the file before it failed.
         """
-        entry = self.manifest["files"][file.name]
-        entry["header"] = self._writer.complete(file)
-        entry["status"] = "complete"
+        self._writer.complete(file)
         self._wait()
         self._thread = threading.Thread(target=self._upload, args=(file,), daemon=True)
         self._thread.start()

@@ -6,9 +6,11 @@ says so.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 
+from .card import Rows, table
 from .checkpoint import Layout
 from .documents import config_json, generation_config
 from .dtypes import DTYPES
@@ -24,7 +26,6 @@ from .parameters import expected
 from .plan import document
 from .presets import BLOOM_ROWS, GPT2_TOKENS, PRESETS, Preset
 
-_UNITS = {"M": 10**6, "B": 10**9}
 _PAD_TO = 128
 
 
@@ -35,20 +36,7 @@ def preset_config(preset: Preset) -> dict[str, object]:
 
 def num_parameters(preset: Preset) -> int:
     """Parameters of the model, the tied head counted once."""
-    total = 0
-    for shape in expected(preset.architecture).values():
-        size = 1
-        for length in shape:
-            size *= length
-        total += size
-    return total
-
-
-def rounds_to(count: int, published: str) -> bool:
-    """Whether a number of parameters, rounded like a published one (`8.3B`), equals it."""
-    digits, unit = published[:-1], _UNITS[published[-1]]
-    decimals = len(digits.partition(".")[2])
-    return round(count / unit, decimals) == float(digits)
+    return sum(map(math.prod, expected(preset.architecture).values()))
 
 
 def preset_files(name: str) -> dict[str, bytes]:
@@ -141,7 +129,7 @@ def _bloom_flags(preset: Preset) -> list[str]:
 def _card(name: str, preset: Preset) -> bytes:
     a = preset.architecture
     count = num_parameters(preset)
-    rows = [
+    rows: Rows = [
         ("Parameters", f"{count:,}"),
         ("Published as", preset.published),
         ("Layers", a.num_layers),
@@ -153,7 +141,6 @@ def _card(name: str, preset: Preset) -> bytes:
         ("Layout in training", Layout(preset.tp, preset.pp, preset.vpp)),
         ("Element type", preset.dtype),
     ]
-    table = "\n".join(f"| {label} | {value} |" for label, value in rows)
     sources = "\n".join(
         f"- {'' if s.seen else '*Not verified.* '}{s.says} ({s.where})." for s in preset.sources
     )
@@ -189,9 +176,7 @@ tags:
 
 A configuration without weights. {preset.weights}
 
-| | |
-|---|---|
-{table}
+{table(rows)}
 
 {tokens}{notes}{convert}
 

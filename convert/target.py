@@ -48,11 +48,11 @@ class FolderSink:
         self.pending = plan
         self.unchanged = False
         self._algorithm, self._overwrite, self._keep_same = algorithm, overwrite, keep_same
-        self._writer = FileWriter(self.folder, algorithm)
+        self.manifest = manifest.planned(plan, source, algorithm)
+        self._writer = FileWriter(self.folder, self.manifest)
         self._lock = FolderLock(self.folder)
         self._written: list[str] = []
         self._made_folders: list[str] = []
-        self.manifest = manifest.planned(plan, source, algorithm)
 
     @property
     def place(self) -> str:
@@ -186,8 +186,7 @@ class FolderSink:
 
     def tensor_done(self, file: PlannedFile, tensor: PlannedTensor, digest: str) -> None:
         """Note a tensor's hash, and its checksum where the file asks for it."""
-        self._writer.tensor_done(file, tensor)
-        self.manifest["files"][file.name]["tensors"][tensor.name] = digest
+        self._writer.tensor_done(file, tensor, digest)
 
     def file_done(self, file: PlannedFile) -> None:
         """Write what stands between the tensors, and give the complete file its name.
@@ -195,9 +194,7 @@ class FolderSink:
         Raises:
             TargetError: the disk is full or the folder not writable.
         """
-        entry = self.manifest["files"][file.name]
-        entry["header"] = self._writer.complete(file)
-        entry["status"] = "complete"
+        self._writer.complete(file)
         with self._writer.mutex:
             try:
                 manifest.write(self.folder, self.manifest)

@@ -25,6 +25,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from .errors import SourceError, UnsupportedError
+from .tokenizer_json import Json, isolate, json_of
 
 _UNIGRAM, _BPE, _WORD, _CHAR = 1, 2, 3, 4
 _UNKNOWN, _CONTROL, _USER, _UNUSED, _BYTE = 2, 3, 4, 5, 6
@@ -33,7 +34,6 @@ _SPACE = "▁"
 _RULES = ("nfkc", "nmt_nfkc", "nfkc_cf", "nmt_nfkc_cf")
 # Two of the code points that are no characters and never will be, and the one that is kept.
 _BREAK, _KEPT, _TILDE = "\ufdd0", "\ufdd1", "\uff5e"
-Json = dict[str, object]
 
 
 @dataclass(slots=True)
@@ -221,31 +221,15 @@ def tokenizer_json(
         UnsupportedError: a kind of model that tokenizer.json has no word for.
     """
     _refuse(model, name)
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [
-            {
-                "id": number,
-                "content": text,
-                "single_word": False,
-                "lstrip": False,
-                "rstrip": False,
-                "normalized": False,
-                "special": True,
-            }
-            for number, text in (
-                *((n, p.text) for n, p in enumerate(model.pieces) if p.type in _SPECIAL),
-                *enumerate(more, len(model.pieces)),
-            )
-        ],
-        "normalizer": {"type": "Sequence", "normalizers": list(_normalizers(model))},
-        "pre_tokenizer": _divide(model),
-        "post_processor": _begin(model) if add_bos else None,
-        "decoder": _decoder(model),
-        "model": _unigram(model) if model.model_type == _UNIGRAM else _merging(model),
-    }
+    special = [(n, p.text) for n, p in enumerate(model.pieces) if p.type in _SPECIAL]
+    return json_of(
+        [*special, *enumerate(more, len(model.pieces))],
+        normalizer={"type": "Sequence", "normalizers": list(_normalizers(model))},
+        pre_tokenizer=_divide(model),
+        post_processor=_begin(model) if add_bos else None,
+        decoder=_decoder(model),
+        model=_unigram(model) if model.model_type == _UNIGRAM else _merging(model),
+    )
 
 
 def _refuse(model: SentencePieceModel, name: str) -> None:
@@ -347,12 +331,7 @@ def _divide(model: SentencePieceModel) -> Json | None:
     if not texts:
         return None
     pattern = "|".join(map(re.escape, sorted(texts, key=lambda text: (-len(text), text))))
-    return {
-        "type": "Split",
-        "pattern": {"Regex": pattern},
-        "behavior": "Isolated",
-        "invert": False,
-    }
+    return isolate(pattern)
 
 
 def _begin(model: SentencePieceModel) -> Json | None:

@@ -19,11 +19,12 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import TypeGuard
 
 from .errors import SourceError, UsageError
+from .tokenizer_json import Json, isolate, json_of
 
-Json = dict[str, object]
 _LETTERS = r"[^\r\n\p{L}\p{N}]?"
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++\z|\s+(?!\S)|\s"
@@ -234,48 +235,20 @@ def tokenizer_json(ranks: Ranks) -> Json:
     """The tokenizer.json with the same ids."""
     names = {token: _written(token) for token in ranks.tokens}
     vocab = {names[token]: number for token, number in ranks.tokens.items()}
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [
-            {
-                "id": number,
-                "content": text,
-                "single_word": False,
-                "lstrip": False,
-                "rstrip": False,
-                "normalized": False,
-                "special": True,
-            }
-            for text, number in sorted(ranks.special_tokens.items(), key=lambda item: item[1])
-        ],
-        "normalizer": None,
-        "pre_tokenizer": {
-            "type": "Sequence",
-            "pretokenizers": [
-                {
-                    "type": "Split",
-                    "pattern": {"Regex": ranks.pattern},
-                    "behavior": "Isolated",
-                    "invert": False,
-                },
-                {
-                    "type": "ByteLevel",
-                    "add_prefix_space": False,
-                    "trim_offsets": False,
-                    "use_regex": False,
-                },
-            ],
-        },
-        "post_processor": None,
-        "decoder": {
-            "type": "ByteLevel",
-            "add_prefix_space": False,
-            "trim_offsets": False,
-            "use_regex": False,
-        },
-        "model": {
+    special = [(number, text) for text, number in ranks.special_tokens.items()]
+    bytewise = {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": False,
+        "use_regex": False,
+    }
+    return json_of(
+        sorted(special, key=itemgetter(0)),
+        normalizer=None,
+        pre_tokenizer={"type": "Sequence", "pretokenizers": [isolate(ranks.pattern), bytewise]},
+        post_processor=None,
+        decoder=bytewise,
+        model={
             "type": "BPE",
             "dropout": None,
             "unk_token": None,
@@ -287,7 +260,7 @@ def tokenizer_json(ranks: Ranks) -> Json:
             "vocab": {**ranks.special_tokens, **vocab},
             "merges": [[names[left], names[right]] for left, right in _merges(ranks.tokens)],
         },
-    }
+    )
 
 
 def _merges(tokens: Mapping[bytes, int]) -> Iterable[tuple[bytes, bytes]]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from . import manifest
 from .errors import MTTError
-from .execute import Progress, run
+from .execute import run
 from .plan import ConversionPlan, PlannedFile, PlannedTensor
 
 _CARD = "README.md"  # people edit it
@@ -22,9 +22,6 @@ def is_same(
     plan: ConversionPlan,
     source: Mapping[str, Any],
     algorithm: str,
-    *,
-    num_workers: int = 1,
-    progress: Progress | None = None,
 ) -> bool:
     """Compare a manifest with what a plan would write.
 
@@ -33,8 +30,6 @@ def is_same(
         plan: the conversion.
         source: its facts, as the manifest has them.
         algorithm: the hash it would use.
-        num_workers: threads that read.
-        progress: called with (bytes done, bytes in all).
 
     Raises:
         SourceError: the source cannot be read.
@@ -48,7 +43,7 @@ def is_same(
     if not all(_same_layout(there["files"][file.name], file, algorithm) for file in plan.files):
         return False
     try:
-        run(plan, _Comparer(there), num_workers=num_workers, algorithm=algorithm, progress=progress)
+        run(plan, _Comparer(there), algorithm=algorithm)
     except _DifferentError:
         return False
     return True

@@ -13,7 +13,7 @@ from typing import Any
 from . import manifest
 from .errors import IncompleteError, NotACheckpointError, SourceError
 from .execute import Progress
-from .formats.folders import iterations_in
+from .formats.folders import iteration_folder, iterations_in
 from .hub import Blob, Branch, earlier_manifest, parse_place
 from .hub_state import UploadState, work_of_files
 
@@ -133,12 +133,12 @@ def _files(folder: str) -> dict[str, str]:
     if manifest.NAME in paths:
         _check_whole(folder, manifest.read(folder), paths)
     elif "config.json" not in paths:
-        steps = [f"iter_{step:07d}" for step in iterations_in(folder)]
+        steps = [iteration_folder(folder, step) for step in iterations_in(folder)]
         raise NotACheckpointError(
             f"{folder} is no folder to upload",
-            found=", ".join([*steps, *paths][:5]) or "an empty folder",
+            found=", ".join([*map(os.path.basename, steps), *paths][:5]) or "an empty folder",
             expected=f"{manifest.NAME} or config.json",
-            fix=f"push one of the iterations, e.g. {os.path.join(folder, steps[-1])}"
+            fix=f"push one of the iterations, e.g. {steps[-1]}"
             if steps
             else "convert the checkpoint, and push what is written",
         )

@@ -14,6 +14,7 @@ import os
 import threading
 import zlib
 from operator import itemgetter
+from typing import Any
 
 from . import manifest
 from .errors import TargetError
@@ -23,17 +24,17 @@ LOCK = ".mtt.lock"
 
 
 class FileWriter:
-    """Assembles planned files below a folder.
+    """Assembles planned files below a folder, and notes in a manifest what they hold.
 
     Attributes:
         begun: names of files that were opened, as they stand on the disk meanwhile.
         mutex: held while a file changes its name.
     """
 
-    def __init__(self, folder: str, algorithm: str) -> None:
+    def __init__(self, folder: str, record: dict[str, Any]) -> None:
         self.begun: list[str] = []
         self.mutex = threading.Lock()
-        self._folder, self._algorithm = folder, algorithm
+        self._folder, self._record = folder, record
         self._open: dict[str, int] = {}
         self._fixed: dict[str, list[bytearray]] = {}
         self._checksums: dict[tuple[str, str], int] = {}
@@ -71,8 +72,8 @@ class FileWriter:
                 self._fixed[file.name] = [bytearray(data) for _, data in file.fixed]
             return self._open[file.name]
 
-    def tensor_done(self, file: PlannedFile, tensor: PlannedTensor) -> None:
-        """Put a tensor's checksum where the file asks for it."""
+    def tensor_done(self, file: PlannedFile, tensor: PlannedTensor, digest: str) -> None:
+        """Note a tensor's hash, and its checksum where the file asks for it."""
         self._descriptor(file)
         with self.mutex:
             checksum = self._checksums.pop((file.name, tensor.name), 0)
@@ -81,12 +82,10 @@ class FileWriter:
                 start, _ = file.fixed[number]
                 place = slice(position - start, position - start + 4)
                 self._fixed[file.name][number][place] = checksum.to_bytes(4, "little")
+        self._record["files"][file.name]["tensors"][tensor.name] = digest
 
-    def complete(self, file: PlannedFile) -> str:
-        """Write what stands between the tensors, and give the file its name.
-
-        Returns:
-            The hash of the bytes that belong to no tensor.
+    def complete(self, file: PlannedFile) -> None:
+        """Write what stands between the tensors, note its hash, and give the file its name.
 
         Raises:
             TargetError: the disk is full or the folder not writable.
@@ -103,7 +102,9 @@ class FileWriter:
                 os.replace(path + ".part", path)
             except OSError as error:
                 raise target_error(self._folder, error) from error
-        return manifest.digest(b"".join(fixed), self._algorithm)
+        entry = self._record["files"][file.name]
+        entry["header"] = manifest.digest(b"".join(fixed), self._record["hash"])
+        entry["status"] = "complete"
 
     def close(self) -> None:
         """Close what is still open; nothing is written after it."""

@@ -8,7 +8,7 @@ import time
 from typing import Any
 
 from ..checkpoint import Checkpoint
-from ..cli import LAYOUT_OPTIONS, overrides
+from ..cli import LAYOUT_OPTIONS, source_options
 from ..conversion import Conversion
 from ..errors import UsageError
 from ..hf_source import is_hf_folder
@@ -45,12 +45,7 @@ def run(args: argparse.Namespace) -> int:
         "vocab_padding": args.vocab_padding,
         "tokenizer": args.tokenizer,
     }
-    source = {
-        "iteration": args.iteration,
-        "overrides": overrides(args),
-        "skip_keys": args.skip_key,
-        "qkv_order": args.qkv_order,
-    }
+    source = source_options(args)
     if args.dry_run:
         checkpoint, _ = settle(open_checkpoint(args.source, **source), args.replicated)
         _print_plan(args, plan_conversion(checkpoint, **choices), workers, start)

@@ -6,7 +6,7 @@ import argparse
 import time
 from dataclasses import asdict
 
-from ..cli import EXIT_DIFFERENT, overrides
+from ..cli import EXIT_DIFFERENT, source_options
 from ..comparing import diff
 from .console import print_json, progress_bar, say
 
@@ -18,10 +18,7 @@ def run(args: argparse.Namespace) -> int:
         result = diff(
             args.first,
             args.second,
-            iteration=args.iteration,
-            overrides=overrides(args),
-            skip_keys=args.skip_key,
-            qkv_order=args.qkv_order,
+            **source_options(args),
             replicated=args.replicated,
             progress=progress,
         )

@@ -11,7 +11,7 @@ from dataclasses import asdict, replace
 
 from ..architecture import Architecture
 from ..checkpoint import Layout
-from ..cli import overrides
+from ..cli import given_source_options, source_options
 from ..conversion import main_dtype
 from ..errors import LayoutError, UnsupportedError, UsageError
 from ..estimate import USABLE, Model, Placement, placements
@@ -109,17 +109,11 @@ def read_model(args: argparse.Namespace) -> tuple[Model, tuple[str, ...]]:
     path: str = args.model
     config = os.path.join(path, "config.json")
     described = not os.path.exists(path) or os.path.isfile(config)
-    given = {
-        "--iteration": args.iteration is not None,
-        "--set": args.set,
-        "--config": args.config is not None,
-        "--skip-key": args.skip_key,
-    }
-    if described and (named := [option for option, value in given.items() if value]):
+    if described and (given := given_source_options(args)):
         raise UsageError(
-            f"{', '.join(named)}: only for a Megatron checkpoint",
+            f"{', '.join(given)}: only for a Megatron checkpoint",
             found=f"{path}, a preset or a folder with config.json",
-            fix=f"leave out {', '.join(named)}",
+            fix=f"leave out {', '.join(given)}",
         )
     if not os.path.exists(path):
         preset = find_preset(path)
@@ -129,9 +123,7 @@ def read_model(args: argparse.Namespace) -> tuple[Model, tuple[str, ...]]:
         folder = path if os.path.isdir(path) else os.path.dirname(path) or "."
         fields = dict(read_config(folder))
         return _from_config(fields, path, args.dtype), family_of(fields, path).warnings(fields)
-    checkpoint = open_checkpoint(
-        path, iteration=args.iteration, overrides=overrides(args), skip_keys=args.skip_key
-    )
+    checkpoint = open_checkpoint(path, **source_options(args))
     dtype = main_dtype(checkpoint.tensors) if args.dtype == "auto" else args.dtype
     a = checkpoint.architecture
     rows = a.vocab_size or a.padded_vocab_size  # padding is not converted

@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from ..cli import overrides
+from ..cli import given_source_options, source_options
 from ..errors import SourceError, UsageError
 from ..formats import hf_safetensors
 from ..hf_folder import plan_conversion
@@ -92,14 +92,7 @@ def _check(args: argparse.Namespace) -> None:
             expected="at least one word",
             fix='--prompt "Once upon a time"',
         )
-    choices = {
-        "--iteration": args.iteration is not None,
-        "--set": args.set,
-        "--config": args.config is not None,
-        "--skip-key": args.skip_key,
-        "--qkv-order": args.qkv_order != "auto",
-    }
-    given = [name for name, value in choices.items() if value]
+    given = given_source_options(args)
     if given and _is_converted(args.source):
         raise UsageError(
             f"{', '.join(given)}: only for a Megatron checkpoint",
@@ -201,13 +194,7 @@ def _tokenizer_files(args: argparse.Namespace) -> Tokenizer:
     elif _is_converted(args.source):
         files = _folder_tokenizer(args.source)
     else:
-        checkpoint = open_checkpoint(
-            args.source,
-            iteration=args.iteration,
-            overrides=overrides(args),
-            skip_keys=args.skip_key,
-            qkv_order=args.qkv_order,
-        )
+        checkpoint = open_checkpoint(args.source, **source_options(args))
         files = plan_conversion(checkpoint).tokenizer
     if not files.files:
         raise UsageError(f"{args.source} has no tokenizer", fix="give one with --tokenizer PATH")
@@ -233,10 +220,7 @@ def _model(args: argparse.Namespace) -> PreTrainedModel:
             args.source,
             tp_size=args.tp,
             pp_size=args.pp,
-            iteration=args.iteration,
-            overrides=overrides(args),
-            skip_keys=args.skip_key,
-            qkv_order=args.qkv_order,
+            **source_options(args),
             replicated=args.replicated,
             dtype=args.dtype,
             tokenizer=args.tokenizer,

@@ -9,7 +9,7 @@ from dataclasses import asdict
 
 from ..architecture import Architecture
 from ..checkpoint import Checkpoint
-from ..cli import overrides
+from ..cli import source_options
 from ..families import exact_families
 from ..pipeline import open_checkpoint
 from .console import dropped_text, print_json, print_table, print_warnings, say, size
@@ -18,13 +18,7 @@ from .console import dropped_text, print_json, print_table, print_warnings, say,
 def run(args: argparse.Namespace) -> int:
     """Print the facts of one checkpoint."""
     start = time.monotonic()
-    checkpoint = open_checkpoint(
-        args.source,
-        iteration=args.iteration,
-        overrides=overrides(args),
-        skip_keys=args.skip_key,
-        qkv_order=args.qkv_order,
-    )
+    checkpoint = open_checkpoint(args.source, **source_options(args))
     if args.json:
         print_json("inspect", "ok", start, _facts(checkpoint))
     else:

@@ -372,6 +372,7 @@ def test_bloom_has_no_command_for_vllm() -> None:
         (["mt-nlg-530b", "--gpus", "1000000000"], "too many GPUs"),
         ([""], "MODEL is empty"),
         (["mt-nlg-530b", "--set", "num_layers=3"], "--set: only for a Megatron checkpoint"),
+        (["mt-nlg-530b", "--qkv-order", "block"], "--qkv-order: only for a Megatron checkpoint"),
     ],
     ids=" ".join,
 )

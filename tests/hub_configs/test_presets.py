@@ -19,9 +19,10 @@ from mtt_convert.errors import UsageError
 from mtt_convert.families import FAMILIES
 from mtt_convert.layouts import plan_stages
 from mtt_convert.megatron_args import model_arguments
-from mtt_convert.preset_files import num_parameters, preset_config, preset_files, rounds_to
+from mtt_convert.preset_files import num_parameters, preset_config, preset_files
 from mtt_convert.presets import BLOOM_ROWS, PRESETS, find_preset
 
+UNITS = {"M": 10**6, "B": 10**9}
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "hub_configs"
 # What the cards of the BLOOM models on the Hub say.
@@ -33,6 +34,13 @@ EXACT = {
     "bloom-7b1": 7_069_016_064,
     "bloom": 176_247_271_424,
 }
+
+
+def rounds_to(count: int, published: str) -> bool:
+    """Whether a number of parameters, rounded like a published one (`8.3B`), equals it."""
+    digits, unit = published[:-1], UNITS[published[-1]]
+    decimals = len(digits.partition(".")[2])
+    return round(count / unit, decimals) == float(digits)
 
 
 @pytest.mark.parametrize("name", PRESETS)
