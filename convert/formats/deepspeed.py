@@ -36,7 +36,7 @@ from .folders import Place
 from .pickles import Record
 from .state_dicts import STATE, Dropped
 from .torch_zip import load
-from .values import plain_arguments, plain_entries, scalar, version
+from .values import plain_arguments, plain_entries, scalar, size_in, version
 from .yaml_files import read_yaml
 
 _RANK_FILE = re.compile(r"mp_rank_(\d{2,6})_model_states\.pt")
@@ -47,7 +47,6 @@ _OF_LAYER = re.compile(
     r"((self_)?attention|inter_attention|mlp|(input|post_attention|post_inter_attention)_(layer)?norm)\..*"
 )
 _CONFIGS, _MOST_CONFIGS = "configs", 64
-_SIZES = ("tensor_model_parallel_size", "model_parallel_size")
 # First module with parameters, first layer -> who numbers them so.
 _WRITERS = {
     (1, 3): "Megatron-DeepSpeed to 2023-07, or BigScience",
@@ -185,22 +184,15 @@ def _left_out(folder: str, states: RankStates | None) -> dict[str, tuple[str, ..
 
 def tensor_parallel_size(args: Mapping[str, object] | None) -> int | None:
     """The tensor-parallel size the arguments name."""
-    for name in _SIZES:
-        value = (args or {}).get(name)
-        if type(value) is int and value > 0:
-            return value
-    return None
+    return size_in(args, "tensor_model_parallel_size", "model_parallel_size")
 
 
 def pipeline_size(states: RankStates | None, tp: int) -> int:
     """Pipeline stages of the run that saved, as far as the files say; 1 if they do not."""
     if states is None:
         return 1
-    args = states.args or {}
-    for name in ("pipeline_model_parallel_size", "pipe_parallel_size"):
-        value = args.get(name)
-        if type(value) is int and value > 0:
-            return value
+    if said := size_in(states.args, "pipeline_model_parallel_size", "pipe_parallel_size"):
+        return said
     world = scalar(states.content, "mp_world_size", states.where)
     return world // tp if isinstance(world, int) and world >= tp and world % tp == 0 else 1
 

@@ -39,7 +39,15 @@ from .folders import Place, iteration_folder
 from .pickle_writer import Call, Global, Instance
 from .state_dicts import STATE, Dropped, tensors_of
 from .torch_zip import ORDERED_DICT, Weight, load, plan, tensor_value
-from .values import check_ranks_rise, holds_tensors, iteration, plain_arguments, scalar, version
+from .values import (
+    check_ranks_rise,
+    holds_tensors,
+    iteration,
+    plain_arguments,
+    scalar,
+    size_in,
+    version,
+)
 
 NAME = "torch"
 _RANK = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?(?:_(\d{3,}))?")
@@ -163,11 +171,8 @@ def _sizes(args: Mapping[str, object] | None, files: list[_RankFile]) -> Layout:
         ("pipeline_model_parallel_size",),
         ("expert_model_parallel_size",),
     )
-    sizes = []
-    for choices, fallback in zip(names, widest, strict=True):
-        values = [(args or {}).get(name) for name in choices]
-        sizes.append(next((v for v in values if type(v) is int and v > 0), fallback))
-    return Layout(tp=sizes[0], pp=sizes[1], ep=sizes[2])
+    tp, pp, ep = (size_in(args, *n) or most for n, most in zip(names, widest, strict=True))
+    return Layout(tp=tp, pp=pp, ep=ep)
 
 
 def _coordinates(file: _RankFile, sizes: Layout) -> tuple[int, int, int]:

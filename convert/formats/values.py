@@ -105,6 +105,12 @@ def scalar(content: Mapping[str, object], key: str, where: str) -> int | float |
     )
 
 
+def size_in(args: Mapping[str, object] | None, *names: str) -> int | None:
+    """The first argument of these names that is a size, i.e. a positive whole number."""
+    values = ((args or {}).get(name) for name in names)
+    return next((value for value in values if type(value) is int and value > 0), None)
+
+
 def version(content: Mapping[str, object], where: str, missing: float) -> float:
     """Megatron's `checkpoint_version`.
 
