@@ -17,11 +17,11 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 from urllib.parse import unquote
 
 from .errors import HubError, MTTError, UnsupportedError, UsageError
+from .sources import File
 
 _PACKAGES = {
     "http": "aiohttp",
@@ -195,7 +195,7 @@ def size(url: str) -> int:
     return _sizes[url]
 
 
-class RemoteFile:
+class RemoteFile(File):
     """One file behind a URL. It belongs to one thread."""
 
     def __init__(self, url: str) -> None:
@@ -204,17 +204,6 @@ class RemoteFile:
         self.size = size(url)
         self._handle: Any = None
         self._ahead, self._next = 1, -1
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def pread(self, count: int, offset: int) -> bytes:
         """Up to `count` bytes from `offset`."""
