@@ -115,7 +115,7 @@ def entries(folder: str) -> dict[str, str]:
         for entry in found:
             name = str(entry["name"]).rstrip("/")
             short = _plain(name.rpartition("/")[2], folder)
-            if name.rstrip("/") != path.rstrip("/") and short and not short.startswith("?"):
+            if name != path.rstrip("/") and short and not short.startswith("?"):
                 names[short] = str(entry["type"])
         _listings[folder] = names
     return _listings[folder]
@@ -139,8 +139,8 @@ def _kind(url: str) -> str | None:
         entries(parent)
     if known := _listings.get(parent):
         return known.get(_plain(name, url))
-    if _is_http(url):
-        return _kind_of_page(url)
+    if _is_http(url) and _shows_names(url):
+        return "directory"
     fs, path = _file_system(url)
     try:
         return str(fs.info(path)["type"])
@@ -150,21 +150,14 @@ def _kind(url: str) -> str | None:
         raise _failure(url, error) from error
 
 
-def _kind_of_page(url: str) -> str | None:
-    """The same where a web server showed no listing above: a folder is what has one itself."""
+def _shows_names(url: str) -> bool:
+    """Whether a web server lists what is in a folder, which is how one is told from a file."""
     try:
-        if entries(url):
-            return "directory"
+        return bool(entries(url))
     except HubError as error:
         if not isinstance(error.__cause__, Exception) or not _is_absence(error.__cause__):
             raise
-    fs, path = _file_system(url)
-    try:
-        return str(fs.info(path)["type"])
-    except Exception as error:
-        if _is_absence(error):
-            return None
-        raise _failure(url, error) from error
+        return False
 
 
 def _is_absence(error: Exception) -> bool:
