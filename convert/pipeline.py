@@ -40,9 +40,7 @@ from .arguments import (
 )
 from .checkpoint import Checkpoint, RawCheckpoint
 from .conversion import Conversion
-from .documents import (
-    source_facts,
-)
+from .documents import source_facts
 from .errors import InconsistentError, UsageError
 from .execute import Progress, run
 from .formats import epfl
