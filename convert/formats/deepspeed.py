@@ -29,7 +29,7 @@ from dataclasses import dataclass
 
 from .. import sources
 from ..checkpoint import Layout, RawCheckpoint, Shard
-from ..errors import CorruptError, IncompleteError, InconsistentError, UnsupportedError
+from ..errors import CorruptError, IncompleteError, UnsupportedError
 from ..replicas import AVERAGE
 from ..sources import listing
 from .folders import Place
@@ -213,25 +213,6 @@ def _true_vocabulary(states: RankStates | None) -> int | None:
         if type(size) is int and 0 < size < 2**31:
             return size
     return None
-
-
-def check_ranks_agree(ranks: Iterable[RankStates]) -> None:
-    """Hold ranks' stamps against each other.
-
-    Raises:
-        InconsistentError: they stem from different iterations.
-    """
-    ranks = list(ranks)
-    for key in ("iteration", "checkpoint_version"):
-        first = scalar(ranks[0].content, key, ranks[0].where)
-        for rank in ranks[1:]:
-            if (found := scalar(rank.content, key, rank.where)) != first:
-                raise InconsistentError(
-                    f"ranks disagree about {key}; nothing was written",
-                    found=f"{found} in {rank.where}",
-                    expected=f"{first}, as in {ranks[0].where}",
-                    fix="use files of one and the same save",
-                )
 
 
 def renamed(

@@ -25,7 +25,6 @@ from ..sources import listing
 from ..tensors import LazyTensor
 from .deepspeed import (
     RankStates,
-    check_ranks_agree,
     numbered,
     pipeline_size,
     rank_files,
@@ -37,6 +36,7 @@ from .deepspeed import (
 from .folders import Place
 from .state_dicts import Dropped, tensors_of
 from .torch_zip import load
+from .values import check_ranks_agree
 
 NAME = "deepspeed_layers"
 _LAYER_FILE = re.compile(r"layer_(\d{2,7})(?:-model_(\d{2,5}))?-model_states\.pt")
@@ -65,8 +65,7 @@ def open_folder(place: Place, skip_keys: frozenset[str] = frozenset()) -> RawChe
     files = _files(folder)
     tp = 1 + max(rank for _, rank in files)
     ranks = [read_rank(path) for number, path in sorted(rank_files(folder).items()) if number < tp]
-    if ranks:
-        check_ranks_agree(ranks)
+    check_ranks_agree([(states.where, states.path, states.content) for states in ranks])
     first = ranks[0] if ranks else None
     _check_grid(files, tp, tensor_parallel_size(first.args if first else None), folder)
     dropped: Dropped = defaultdict(list)

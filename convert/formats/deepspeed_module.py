@@ -21,7 +21,6 @@ from ..errors import CorruptError, IncompleteError, InconsistentError
 from ..tensors import LazyTensor
 from .deepspeed import (
     RankStates,
-    check_ranks_agree,
     rank_files,
     raw_checkpoint,
     read_rank,
@@ -31,7 +30,7 @@ from .deepspeed import (
 )
 from .folders import Place
 from .state_dicts import Dropped, tensors_of
-from .values import check_ranks_rise, scalar
+from .values import check_ranks_agree, check_ranks_rise, scalar
 
 NAME = "deepspeed_module"
 _SEQUENTIAL = re.compile(r"sequential\.(0|[1-9]\d{0,6})\.(.+)")
@@ -58,7 +57,7 @@ def open_folder(place: Place, skip_keys: frozenset[str] = frozenset()) -> RawChe
     refuse_unreadable(folder)
     ranks = {number: read_rank(path) for number, path in sorted(rank_files(folder).items())}
     first = next(iter(ranks.values()))
-    check_ranks_agree(ranks.values())
+    check_ranks_agree([(states.where, states.path, states.content) for states in ranks.values()])
     tp = _check_ranks(ranks, first, folder)
     check_ranks_rise([(states.where, states.args) for states in ranks.values()])
     dropped: Dropped = defaultdict(list)
