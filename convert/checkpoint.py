@@ -59,6 +59,7 @@ class RawCheckpoint:
         replicated: what to do about copies that differ, unless the user says (see `replicas.py`).
         vocab_size: rows that are tokens, where a note beside the arguments says so.
         may_lack_head: whether an output layer would be a file of its own, which nothing misses.
+        has_up_first: whether ranks have a gated MLP as [up | gate], whatever the names say.
     """
 
     format: str
@@ -76,6 +77,7 @@ class RawCheckpoint:
     replicated: str = "error"
     vocab_size: int | None = None
     may_lack_head: bool = False
+    has_up_first: bool = False
 
 
 @dataclass(frozen=True, slots=True)

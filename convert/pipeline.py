@@ -40,9 +40,7 @@ from .arguments import (
 )
 from .checkpoint import Checkpoint, RawCheckpoint
 from .conversion import Conversion
-from .documents import (
-    source_facts,
-)
+from .documents import source_facts
 from .errors import InconsistentError, UsageError
 from .execute import Progress, run
 from .formats import epfl
@@ -110,7 +108,7 @@ def open_checkpoint(
     architecture = _architecture(raw, shapes, overrides, legacy=not dialect.is_core)
     order, reason = _row_order(raw, dialect, names, architecture, qkv_order)
     held = row_order.in_head_order(held, order, architecture, raw.layout.tp, tp)
-    if dialect.has_up_first(names):
+    if raw.has_up_first or dialect.has_up_first(names):
         held = row_order.gate_first(held, architecture, raw.layout.tp, tp)
     tensors, copies = topology.join(held, tp, architecture, dialect.summed)
     parameters.check_complete({n: t.shape for n, t in tensors.items()}, architecture)

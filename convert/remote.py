@@ -17,11 +17,11 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 from urllib.parse import unquote
 
 from .errors import HubError, MTTError, UnsupportedError, UsageError
+from .sources import File
 
 _PACKAGES = {
     "http": "aiohttp",
@@ -115,7 +115,7 @@ def entries(folder: str) -> dict[str, str]:
         for entry in found:
             name = str(entry["name"]).rstrip("/")
             short = _plain(name.rpartition("/")[2], folder)
-            if name.rstrip("/") != path.rstrip("/") and short and not short.startswith("?"):
+            if name != path.rstrip("/") and short and not short.startswith("?"):
                 names[short] = str(entry["type"])
         _listings[folder] = names
     return _listings[folder]
@@ -139,8 +139,8 @@ def _kind(url: str) -> str | None:
         entries(parent)
     if known := _listings.get(parent):
         return known.get(_plain(name, url))
-    if _is_http(url):
-        return _kind_of_page(url)
+    if _is_http(url) and _shows_names(url):
+        return "directory"
     fs, path = _file_system(url)
     try:
         return str(fs.info(path)["type"])
@@ -150,21 +150,14 @@ def _kind(url: str) -> str | None:
         raise _failure(url, error) from error
 
 
-def _kind_of_page(url: str) -> str | None:
-    """The same where a web server showed no listing above: a folder is what has one itself."""
+def _shows_names(url: str) -> bool:
+    """Whether a web server lists what is in a folder, which is how one is told from a file."""
     try:
-        if entries(url):
-            return "directory"
+        return bool(entries(url))
     except HubError as error:
         if not isinstance(error.__cause__, Exception) or not _is_absence(error.__cause__):
             raise
-    fs, path = _file_system(url)
-    try:
-        return str(fs.info(path)["type"])
-    except Exception as error:
-        if _is_absence(error):
-            return None
-        raise _failure(url, error) from error
+        return False
 
 
 def _is_absence(error: Exception) -> bool:
@@ -195,7 +188,7 @@ def size(url: str) -> int:
     return _sizes[url]
 
 
-class RemoteFile:
+class RemoteFile(File):
     """One file behind a URL. It belongs to one thread."""
 
     def __init__(self, url: str) -> None:
@@ -204,17 +197,6 @@ class RemoteFile:
         self.size = size(url)
         self._handle: Any = None
         self._ahead, self._next = 1, -1
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def pread(self, count: int, offset: int) -> bytes:
         """Up to `count` bytes from `offset`."""

@@ -6,8 +6,8 @@
     paired    [g * r, d] [g, (key, value), d]          two tensors of Megatron-DeepSpeed, joined
 
 for g query groups of r heads, h heads in all, d channels. A gated `linear_fc1` is [gate | up];
-GPT-NeoX has [up | gate]. Weights and biases alike. The order is
-each rank's own: rows are put right before ranks are joined. A tensor that holds several ranks' rows
+GPT-NeoX and EPFL's Megatron-LLM have [up | gate]. Weights and biases alike. The order is each
+rank's own: rows are put right before ranks are joined. A tensor that holds several ranks' rows
 already is taken apart first. All of it is strides: nothing is read.
 (Source: fix_query_key_value_ordering, megatron/checkpointing.py at v2.6.)
 """

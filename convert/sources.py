@@ -29,14 +29,16 @@ class File(Protocol):
 
     size: int
 
-    def __enter__(self) -> Self: ...
+    def __enter__(self) -> Self:
+        return self
 
     def __exit__(
         self,
         kind: type[BaseException] | None,
         error: BaseException | None,
         trace: TracebackType | None,
-    ) -> None: ...
+    ) -> None:
+        self.close()
 
     def pread(self, count: int, offset: int) -> bytes:
         """Up to `count` bytes from `offset`; fewer only at the end of the file."""
@@ -51,23 +53,12 @@ class File(Protocol):
         """Give back what it holds."""
 
 
-class LocalFile:
+class LocalFile(File):
     """A file of this machine."""
 
     def __init__(self, path: str) -> None:
         self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         self.size = os.fstat(self._descriptor).st_size
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def pread(self, count: int, offset: int) -> bytes:
         """Up to `count` bytes from `offset`."""

@@ -6,6 +6,7 @@ A new format is one new file with the names of `Reader`, and one entry in `READE
 from __future__ import annotations
 
 import os
+from functools import cache
 from typing import Protocol
 
 from .. import sources
@@ -59,16 +60,16 @@ def find(path: str, iteration: int | None = None) -> tuple[Reader, Place]:
     """
     if sources.is_dir(path) and (refusal := _recognised(path)):
         raise refusal
-
-    def holds_model(folder: str) -> bool:
-        return any(reader.holds_model(folder) for reader in READERS)
-
     if nemo.holds_model(path):
         return nemo, Place(sources.absolute(path), None)
-    place = locate(path, iteration, holds_model)
-    for reader in READERS:
-        if reader.holds_model(place.folder):
-            return reader, place
+
+    @cache
+    def reader_of(folder: str) -> Reader | None:
+        return next((reader for reader in READERS if reader.holds_model(folder)), None)
+
+    place = locate(path, iteration, lambda folder: reader_of(folder) is not None)
+    if reader := reader_of(place.folder):
+        return reader, place
     raise _recognised(place.folder) or NotACheckpointError(
         f"no model files in {place.folder}",
         found=", ".join(listing(place.folder)[:6]) or "an empty folder",
@@ -78,9 +79,8 @@ def find(path: str, iteration: int | None = None) -> tuple[Reader, Place]:
     )
 
 
-def _part(folder: str) -> SourceError | None:
+def _part(folder: str, names: set[str]) -> SourceError | None:
     """A refusal of files that belong with others, which are not there."""
-    names = set(listing(folder))
     is_distributed = any(name.endswith(".distcp") for name in names)
     if is_distributed and not {".metadata", "metadata.json"} & names:
         return IncompleteError(
@@ -96,6 +96,13 @@ def _part(folder: str) -> SourceError | None:
             expected="the .nemo file, which is read as it stands",
             fix=f"give that file, or pack it again: tar -cf model.nemo -C {folder} .",
         )
+    if {".metadata", "common.pt"} <= names and "metadata.json" not in names:
+        return UnsupportedError(
+            f"{folder} is an incomplete torch_dist checkpoint",
+            found=".metadata and common.pt",
+            expected="metadata.json beside them",
+            fix="copy that file again",
+        )
     return None
 
 
@@ -105,18 +112,11 @@ def _recognised(folder: str) -> SourceError | None:
         refuse_unreadable(folder)
     except UnsupportedError as refusal:
         return refusal
-    if refused := _part(folder):
-        return refused
     names = set(listing(folder))
+    if refused := _part(folder, names):
+        return refused
     found = fix = ""
-    if {".metadata", "common.pt"} <= names and "metadata.json" not in names:
-        return UnsupportedError(
-            f"{folder} is an incomplete torch_dist checkpoint",
-            found=".metadata and common.pt",
-            expected="metadata.json beside them",
-            fix="copy that file again",
-        )
-    elif ".zmetadata" in names or ".zarray" in names:
+    if ".zmetadata" in names or ".zarray" in names:
         found = "a zarr array, or several under one .zmetadata"
         fix = "give the folder above, with metadata.json and common.pt, if Megatron wrote it"
     elif "adapter_config.json" in names:

@@ -23,17 +23,20 @@ from __future__ import annotations
 
 import os
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from .. import sources
-from ..errors import CorruptError, IncompleteError, InconsistentError, UnsupportedError
+from ..checkpoint import Layout, RawCheckpoint, Shard
+from ..errors import CorruptError, IncompleteError, UnsupportedError
+from ..replicas import AVERAGE
 from ..sources import listing
 from .folders import Place
 from .pickles import Record
-from .state_dicts import STATE
+from .state_dicts import STATE, Dropped
 from .torch_zip import load
-from .values import plain_arguments, plain_entries, scalar
+from .values import plain_arguments, plain_entries, scalar, size_in, version
 from .yaml_files import read_yaml
 
 _RANK_FILE = re.compile(r"mp_rank_(\d{2,6})_model_states\.pt")
@@ -44,14 +47,12 @@ _OF_LAYER = re.compile(
     r"((self_)?attention|inter_attention|mlp|(input|post_attention|post_inter_attention)_(layer)?norm)\..*"
 )
 _CONFIGS, _MOST_CONFIGS = "configs", 64
-_SIZES = ("tensor_model_parallel_size", "model_parallel_size")
 # First module with parameters, first layer -> who numbers them so.
 _WRITERS = {
     (1, 3): "Megatron-DeepSpeed to 2023-07, or BigScience",
     (1, 2): "Megatron-DeepSpeed since 2023-07",
     (0, 2): "GPT-NeoX",
 }
-AVERAGE = "average"  # copies of norms and biases drift apart on tensor-parallel ranks
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,9 +134,46 @@ def refuse_unreadable(folder: str) -> None:
         )
 
 
-def left_out(folder: str, content: Mapping[str, object]) -> dict[str, tuple[str, ...]]:
+def raw_checkpoint(
+    name: str,
+    place: Place,
+    states: RankStates | None,
+    *,
+    layout: Layout,
+    shards: Iterable[Shard],
+    dropped: Dropped,
+    evidence: str,
+    num_files: int,
+    may_lack_head: bool = False,
+) -> RawCheckpoint:
+    """What was found in a folder, with what the first rank's file says of it, if there is one."""
+    shards = tuple(shards)
+    left = _left_out(place.folder, states)
+    for kind, names in dropped.items():
+        left[kind] = tuple(sorted({*left.get(kind, ()), *names}))
+    return RawCheckpoint(
+        format=name,
+        folder=place.folder,
+        layout=layout,
+        shards=shards,
+        iteration=_iteration(place, states),
+        args=shards[0].args,
+        checkpoint_version=version(states.content, states.path, missing=3.0) if states else 3.0,
+        is_stamped=states is not None and states.content.get("checkpoint_version") is not None,
+        dropped=left,
+        evidence=(evidence,),
+        num_files=num_files,
+        iterations=place.iterations,
+        replicated=AVERAGE,  # copies of norms and biases drift apart on tensor-parallel ranks
+        vocab_size=_true_vocabulary(states),
+        may_lack_head=may_lack_head,
+    )
+
+
+def _left_out(folder: str, states: RankStates | None) -> dict[str, tuple[str, ...]]:
     """Kinds of state that are not read, with what holds them."""
     kinds: dict[str, set[str]] = {}
+    content = states.content if states else {}
     for key in content:
         if (kind := STATE.get(str(key))) and content[key] is not None:
             kinds.setdefault(kind, set()).add(str(key))
@@ -146,27 +184,20 @@ def left_out(folder: str, content: Mapping[str, object]) -> dict[str, tuple[str,
 
 def tensor_parallel_size(args: Mapping[str, object] | None) -> int | None:
     """The tensor-parallel size the arguments name."""
-    for name in _SIZES:
-        value = (args or {}).get(name)
-        if type(value) is int and value > 0:
-            return value
-    return None
+    return size_in(args, "tensor_model_parallel_size", "model_parallel_size")
 
 
 def pipeline_size(states: RankStates | None, tp: int) -> int:
     """Pipeline stages of the run that saved, as far as the files say; 1 if they do not."""
     if states is None:
         return 1
-    args = states.args or {}
-    for name in ("pipeline_model_parallel_size", "pipe_parallel_size"):
-        value = args.get(name)
-        if type(value) is int and value > 0:
-            return value
+    if said := size_in(states.args, "pipeline_model_parallel_size", "pipe_parallel_size"):
+        return said
     world = scalar(states.content, "mp_world_size", states.where)
     return world // tp if isinstance(world, int) and world >= tp and world % tp == 0 else 1
 
 
-def iteration_of(place: Place, states: RankStates | None) -> int | None:
+def _iteration(place: Place, states: RankStates | None) -> int | None:
     """The iteration the tag names, or the one the files say; a tag counts DeepSpeed's own steps."""
     if place.iteration is not None or states is None:
         return place.iteration
@@ -174,7 +205,7 @@ def iteration_of(place: Place, states: RankStates | None) -> int | None:
     return said if isinstance(said, int) else None
 
 
-def true_vocabulary(states: RankStates | None) -> int | None:
+def _true_vocabulary(states: RankStates | None) -> int | None:
     """Rows that are tokens, which Megatron-DeepSpeed and BigScience note since 2022."""
     for key in ("universal_checkpoint_info", "checkpoint_info"):
         info = states.content.get(key) if states else None
@@ -184,23 +215,20 @@ def true_vocabulary(states: RankStates | None) -> int | None:
     return None
 
 
-def check_ranks_agree(ranks: Iterable[RankStates]) -> None:
-    """Hold ranks' stamps against each other.
+def renamed(
+    hits: Mapping[str, re.Match[str]], where: str, *, has_args: bool
+) -> tuple[dict[str, str], str]:
+    """What parameters are called here whose names begin with their module's number.
 
-    Raises:
-        InconsistentError: they stem from different iterations.
+    Args:
+        hits: name -> what matched it, with the number and the rest of the name.
+        where, has_args: see `numbered`.
     """
-    ranks = list(ranks)
-    for key in ("iteration", "checkpoint_version"):
-        first = scalar(ranks[0].content, key, ranks[0].where)
-        for rank in ranks[1:]:
-            if (found := scalar(rank.content, key, rank.where)) != first:
-                raise InconsistentError(
-                    f"ranks disagree about {key}; nothing was written",
-                    found=f"{found} in {rank.where}",
-                    expected=f"{first}, as in {ranks[0].where}",
-                    fix="use files of one and the same save",
-                )
+    modules: dict[int, list[str]] = defaultdict(list)
+    for hit in hits.values():
+        modules[int(hit[1])].append(hit[2])
+    prefixes, note = numbered(modules, where, has_args=has_args)
+    return {name: prefixes[int(hit[1])] + hit[2] for name, hit in hits.items()}, note
 
 
 def numbered(

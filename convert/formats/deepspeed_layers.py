@@ -24,23 +24,19 @@ from ..errors import CorruptError, IncompleteError, InconsistentError
 from ..sources import listing
 from ..tensors import LazyTensor
 from .deepspeed import (
-    AVERAGE,
     RankStates,
-    check_ranks_agree,
-    iteration_of,
-    left_out,
     numbered,
     pipeline_size,
     rank_files,
+    raw_checkpoint,
     read_rank,
     refuse_unreadable,
     tensor_parallel_size,
-    true_vocabulary,
 )
 from .folders import Place
 from .state_dicts import Dropped, tensors_of
 from .torch_zip import load
-from .values import version
+from .values import check_ranks_agree
 
 NAME = "deepspeed_layers"
 _LAYER_FILE = re.compile(r"layer_(\d{2,7})(?:-model_(\d{2,5}))?-model_states\.pt")
@@ -69,8 +65,7 @@ def open_folder(place: Place, skip_keys: frozenset[str] = frozenset()) -> RawChe
     files = _files(folder)
     tp = 1 + max(rank for _, rank in files)
     ranks = [read_rank(path) for number, path in sorted(rank_files(folder).items()) if number < tp]
-    if ranks:
-        check_ranks_agree(ranks)
+    check_ranks_agree([(states.where, states.path, states.content) for states in ranks])
     first = ranks[0] if ranks else None
     _check_grid(files, tp, tensor_parallel_size(first.args if first else None), folder)
     dropped: Dropped = defaultdict(list)
@@ -81,24 +76,16 @@ def open_folder(place: Place, skip_keys: frozenset[str] = frozenset()) -> RawChe
         has_args=first is not None and first.args is not None,
     )
     shards = [_shard(rank, modules, prefixes, ranks) for rank in range(tp)]
-    left = left_out(folder, first.content if first else {})
-    left |= {kind: tuple(sorted(set(names))) for kind, names in dropped.items()}
-    return RawCheckpoint(
-        format=NAME,
-        folder=folder,
+    return raw_checkpoint(
+        NAME,
+        place,
+        first,
         layout=Layout(tp, pipeline_size(first, tp)),
-        shards=tuple(shards),
-        iteration=iteration_of(place, first),
-        args=first.args if first else None,
-        checkpoint_version=version(first.content, first.path, missing=3.0) if first else 3.0,
-        is_stamped=first is not None and first.content.get("checkpoint_version") is not None,
-        dropped=left,
-        evidence=(f"{len(files)} layer_*-model_states.pt files, {begin}",),
+        shards=shards,
+        dropped=dropped,
+        evidence=f"{len(files)} layer_*-model_states.pt files, {begin}",
         num_files=len(files),
-        iterations=place.iterations,
-        replicated=AVERAGE,
         may_lack_head=True,
-        vocab_size=true_vocabulary(first),
     )
 
 

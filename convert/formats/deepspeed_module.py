@@ -20,21 +20,17 @@ from ..checkpoint import Layout, RawCheckpoint, Shard
 from ..errors import CorruptError, IncompleteError, InconsistentError
 from ..tensors import LazyTensor
 from .deepspeed import (
-    AVERAGE,
     RankStates,
-    check_ranks_agree,
-    iteration_of,
-    left_out,
-    numbered,
     rank_files,
+    raw_checkpoint,
     read_rank,
     refuse_unreadable,
+    renamed,
     tensor_parallel_size,
-    true_vocabulary,
 )
 from .folders import Place
 from .state_dicts import Dropped, tensors_of
-from .values import check_ranks_rise, scalar, version
+from .values import check_ranks_agree, check_ranks_rise, scalar
 
 NAME = "deepspeed_module"
 _SEQUENTIAL = re.compile(r"sequential\.(0|[1-9]\d{0,6})\.(.+)")
@@ -61,7 +57,7 @@ def open_folder(place: Place, skip_keys: frozenset[str] = frozenset()) -> RawChe
     refuse_unreadable(folder)
     ranks = {number: read_rank(path) for number, path in sorted(rank_files(folder).items())}
     first = next(iter(ranks.values()))
-    check_ranks_agree(ranks.values())
+    check_ranks_agree([(states.where, states.path, states.content) for states in ranks.values()])
     tp = _check_ranks(ranks, first, folder)
     check_ranks_rise([(states.where, states.args) for states in ranks.values()])
     dropped: Dropped = defaultdict(list)
@@ -70,23 +66,15 @@ def open_folder(place: Place, skip_keys: frozenset[str] = frozenset()) -> RawChe
         tensors, note = _tensors(states, dropped)
         shards.append(Shard(states.where, tensors, states.args, tp=number))
         notes.append(note)
-    left = left_out(folder, first.content)
-    left |= {kind: tuple(sorted(set(names))) for kind, names in dropped.items()}
-    return RawCheckpoint(
-        format=NAME,
-        folder=folder,
+    return raw_checkpoint(
+        NAME,
+        place,
+        first,
         layout=Layout(tp),
-        shards=tuple(shards),
-        iteration=iteration_of(place, first),
-        args=first.args,
-        checkpoint_version=version(first.content, first.path, missing=3.0),
-        is_stamped=first.content.get("checkpoint_version") is not None,
-        dropped=left,
-        evidence=(f"{len(ranks)} mp_rank_*_model_states.pt files with a module, {notes[0]}",),
+        shards=shards,
+        dropped=dropped,
+        evidence=f"{len(ranks)} mp_rank_*_model_states.pt files with a module, {notes[0]}",
         num_files=len(ranks),
-        iterations=place.iterations,
-        replicated=AVERAGE,
-        vocab_size=true_vocabulary(first),
     )
 
 
@@ -138,11 +126,8 @@ def _tensors(states: RankStates, dropped: Dropped) -> tuple[dict[str, LazyTensor
             found=odd[0],
             expected="names like sequential.2.attention.dense.weight",
         )
-    modules: dict[int, list[str]] = defaultdict(list)
-    for hit in hits.values():
-        modules[int(hit[1])].append(hit[2])
-    prefixes, note = numbered(modules, states.where, has_args=states.args is not None)
-    tensors = {prefixes[int(hit[1])] + hit[2]: named[name] for name, hit in hits.items()}
+    names, note = renamed(hits, states.where, has_args=states.args is not None)
+    tensors = {new: named[name] for name, new in names.items()}
     if len(tensors) < len(named):
         raise InconsistentError(
             "two modules have one parameter; nothing was written",

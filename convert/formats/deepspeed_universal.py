@@ -28,20 +28,16 @@ from ..errors import CorruptError, IncompleteError, InconsistentError
 from ..sources import listing
 from ..tensors import LazyTensor
 from .deepspeed import (
-    AVERAGE,
-    iteration_of,
-    left_out,
-    numbered,
     pipeline_size,
     rank_files,
+    raw_checkpoint,
     read_rank,
+    renamed,
     tensor_parallel_size,
-    true_vocabulary,
 )
 from .folders import Place
 from .state_dicts import Dropped, tensors_of
 from .torch_zip import load
-from .values import version
 
 NAME = "deepspeed_universal"
 _WEIGHTS, _ZERO = "fp32.pt", "zero"
@@ -75,7 +71,7 @@ def open_folder(place: Place, skip_keys: frozenset[str] = frozenset()) -> RawChe
     args = dict(states.args) if states and states.args is not None else None
     tp = tensor_parallel_size(args) or 1
     gated = args is not None and args.get("swiglu") is True
-    dropped: Dropped = defaultdict(list)
+    dropped: Dropped = defaultdict(list, optimizer=["exp_avg.pt and the like"])
     named, unmarked = _parameters(os.path.join(folder, _ZERO), tp if gated else 1, dropped)
     if args is None:
         _check_halves(unmarked, named, folder)
@@ -83,25 +79,16 @@ def open_folder(place: Place, skip_keys: frozenset[str] = frozenset()) -> RawChe
     for name, tensor in tensors.items():
         if args is not None and name.endswith("word_embeddings.weight") and tensor.shape:
             args["padded_vocab_size"] = tensor.shape[0]
-    left = left_out(folder, states.content if states else {})
-    left["optimizer"] = tuple(sorted({*left.get("optimizer", ()), "exp_avg.pt and the like"}))
-    left |= {kind: tuple(sorted(set(names))) for kind, names in dropped.items()}
-    return RawCheckpoint(
-        format=NAME,
-        folder=folder,
+    return raw_checkpoint(
+        NAME,
+        place,
+        states,
         layout=Layout(tp, pipeline_size(states, tp)),
-        shards=(Shard(f"{_ZERO}/*/{_WEIGHTS}", tensors, args),),
-        iteration=iteration_of(place, states),
-        args=args,
-        checkpoint_version=version(states.content, states.path, missing=3.0) if states else 3.0,
-        is_stamped=states is not None and states.content.get("checkpoint_version") is not None,
-        dropped=left,
-        evidence=(f"{len(named)} folders with {_WEIGHTS} in {_ZERO}, {note}",),
+        shards=[Shard(f"{_ZERO}/*/{_WEIGHTS}", tensors, args)],
+        dropped=dropped,
+        evidence=f"{len(named)} folders with {_WEIGHTS} in {_ZERO}, {note}",
         num_files=len(named),
-        iterations=place.iterations,
-        replicated=AVERAGE,
         may_lack_head=True,
-        vocab_size=true_vocabulary(states),
     )
 
 
@@ -169,17 +156,11 @@ def _renamed(
     hits = {name: hit for name in named if (hit := _NUMBERED.fullmatch(name))}
     if not hits:
         return dict(named), "no pipeline"
-    modules: dict[int, list[str]] = defaultdict(list)
-    for hit in hits.values():
-        modules[int(hit[1])].append(hit[2])
-    prefixes, note = numbered(modules, folder, has_args=has_args)
+    names, note = renamed(hits, folder, has_args=has_args)
     tensors: dict[str, LazyTensor] = {}
     for name, tensor in named.items():
-        if hit := hits.get(name):
-            new = prefixes[int(hit[1])] + hit[2]
-        else:
-            tied = _TIED.fullmatch(name)
-            new = tied[1] if tied else name
+        tied = _TIED.fullmatch(name)
+        new = names.get(name) or (tied[1] if tied else name)
         if new in tensors:
             raise InconsistentError(
                 "two modules of the pipeline have one parameter; nothing was written",

@@ -7,7 +7,7 @@
     arguments   num_attention_heads_kv, glu_activation, use_rms_norm, tie_embed_logits, ...
 
 `in_core_words` says all of this as Megatron-Core's local layers would, so that everything after
-knows only those: no row of a weight moves but gate and up.
+knows only those. No row of a weight moves but gate and up, for which see `row_order.py`.
 (weights_conversion/{hf_to_megatron,megatron_to_hf}.py and utils/permute_qkv.py, epfLLM/Megatron-LLM
 at 21e4f4a.)
 """
@@ -19,8 +19,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from ..checkpoint import RawCheckpoint
-from ..errors import CorruptError, UnsupportedError
-from ..tensors import LazyTensor, concat
+from ..errors import UnsupportedError
 
 Arguments = Mapping[str, object]
 _HEAD = "language_model.lm_head"
@@ -60,20 +59,24 @@ def in_core_words(raw: RawCheckpoint) -> RawCheckpoint:
 
     Raises:
         UnsupportedError: Falcon's layers, another activation than SwiGLU, or windows.
-        CorruptError: a gated MLP of an odd size.
     """
-    is_gated = (raw.args or {}).get("glu_activation") == "swiglu"
     translated: dict[int, dict[str, object]] = {}
     shards = []
     for shard in raw.shards:
         key = id(shard.args)
         if shard.args is not None and key not in translated:
             translated[key] = _arguments(shard.args)
-        tensors = {_name(n): _gate_first(n, t, is_gated) for n, t in shard.tensors.items()}
+        tensors = {_name(name): tensor for name, tensor in shard.tensors.items()}
         shards.append(replace(shard, tensors=tensors, args=translated.get(key)))
     args = translated.get(id(raw.args)) or _arguments(raw.args or {})
     evidence = "arguments or names of EPFL's Megatron-LLM: neighbours are rotated, up before gate"
-    return replace(raw, shards=tuple(shards), args=args, evidence=(*raw.evidence, evidence))
+    return replace(
+        raw,
+        shards=tuple(shards),
+        args=args,
+        evidence=(*raw.evidence, evidence),
+        has_up_first=True,
+    )
 
 
 def _name(name: str) -> str:
@@ -83,15 +86,6 @@ def _name(name: str) -> str:
     for pattern, new in _NAMES:
         name = pattern.sub(new, name)
     return name
-
-
-def _gate_first(name: str, tensor: LazyTensor, is_gated: bool) -> LazyTensor:
-    if not is_gated or ".dense_h_to_4h." not in name:
-        return tensor
-    if not tensor.shape or tensor.shape[0] % 2:
-        raise CorruptError(f"{name} cannot be two halves", found=str(list(tensor.shape)))
-    up, gate = tensor.chunk(2)
-    return concat([gate, up])
 
 
 def _arguments(args: Arguments) -> dict[str, object]:

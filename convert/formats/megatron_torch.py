@@ -39,7 +39,15 @@ from .folders import Place, iteration_folder
 from .pickle_writer import Call, Global, Instance
 from .state_dicts import STATE, Dropped, tensors_of
 from .torch_zip import ORDERED_DICT, Weight, load, plan, tensor_value
-from .values import check_ranks_rise, holds_tensors, iteration, plain_arguments, scalar, version
+from .values import (
+    check_ranks_agree,
+    check_ranks_rise,
+    holds_tensors,
+    iteration,
+    plain_arguments,
+    size_in,
+    version,
+)
 
 NAME = "torch"
 _RANK = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?(?:_(\d{3,}))?")
@@ -90,7 +98,7 @@ def open_folder(place: Place, skip_keys: frozenset[str] = frozenset()) -> RawChe
     shards = []
     for file in files:
         content = contents[file.folder]
-        _check_agreement(file, content, files[0], first)
+        check_ranks_agree([(f.folder, f.path, contents[f.folder]) for f in (files[0], file)])
         tp, pp, ep = ranks[file.folder]
         for chunk, model in enumerate(_chunks(file, content, dropped, skip_keys)):
             tensors = tensors_of(model, file.folder, file.path, dropped)
@@ -163,11 +171,8 @@ def _sizes(args: Mapping[str, object] | None, files: list[_RankFile]) -> Layout:
         ("pipeline_model_parallel_size",),
         ("expert_model_parallel_size",),
     )
-    sizes = []
-    for choices, fallback in zip(names, widest, strict=True):
-        values = [(args or {}).get(name) for name in choices]
-        sizes.append(next((v for v in values if type(v) is int and v > 0), fallback))
-    return Layout(tp=sizes[0], pp=sizes[1], ep=sizes[2])
+    tp, pp, ep = (size_in(args, *n) or most for n, most in zip(names, widest, strict=True))
+    return Layout(tp=tp, pp=pp, ep=ep)
 
 
 def _coordinates(file: _RankFile, sizes: Layout) -> tuple[int, int, int]:
@@ -236,23 +241,6 @@ def _has_all(place: Place, iteration: int, sizes: Layout) -> bool:
 
 def _rank_folder(tp: int, pp: int, sizes: Layout) -> str:
     return f"mp_rank_{tp:02d}" + (f"_{pp:03d}" if sizes.pp > 1 else "")
-
-
-def _check_agreement(
-    file: _RankFile,
-    content: Mapping[str, object],
-    first_file: _RankFile,
-    first: Mapping[str, object],
-) -> None:
-    for key in ("iteration", "checkpoint_version"):
-        found, expected = scalar(content, key, file.path), scalar(first, key, first_file.path)
-        if found != expected:
-            raise InconsistentError(
-                f"ranks disagree about {key}; nothing was written",
-                found=f"{found} in {file.folder}",
-                expected=f"{expected}, as in {first_file.folder}",
-                fix="use files of one and the same save",
-            )
 
 
 def _chunks(

@@ -43,7 +43,7 @@ from .folders import Place
 from .nemo_config import arguments_beside
 from .pickle_writer import Call, Global, Instance, Pairs, dumps
 from .torch_zip import Weight, load, plan, tensor_value
-from .values import iteration, plain_arguments, plain_values, version
+from .values import iteration, plain_arguments, plain_values, size_in, version
 
 NAME = "torch_dist"
 _STATE = re.compile(
@@ -225,16 +225,11 @@ def _common(folder: str) -> dict[Any, Any]:
 
 def layout(args: Mapping[str, object]) -> Layout:
     """The layout that wrote the files: information only, the chunks do not depend on it."""
-
-    def size(name: str) -> int:
-        value = args.get(name)
-        return value if type(value) is int and value > 0 else 1
-
     return Layout(
-        tp=size("tensor_model_parallel_size"),
-        pp=size("pipeline_model_parallel_size"),
-        vpp=size("virtual_pipeline_model_parallel_size"),
-        ep=size("expert_model_parallel_size"),
+        tp=size_in(args, "tensor_model_parallel_size") or 1,
+        pp=size_in(args, "pipeline_model_parallel_size") or 1,
+        vpp=size_in(args, "virtual_pipeline_model_parallel_size") or 1,
+        ep=size_in(args, "expert_model_parallel_size") or 1,
     )
 
 

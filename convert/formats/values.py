@@ -105,6 +105,12 @@ def scalar(content: Mapping[str, object], key: str, where: str) -> int | float |
     )
 
 
+def size_in(args: Mapping[str, object] | None, *names: str) -> int | None:
+    """The first argument of these names that is a size, i.e. a positive whole number."""
+    values = ((args or {}).get(name) for name in names)
+    return next((value for value in values if type(value) is int and value > 0), None)
+
+
 def version(content: Mapping[str, object], where: str, missing: float) -> float:
     """Megatron's `checkpoint_version`.
 
@@ -141,6 +147,28 @@ def iteration(content: Mapping[str, object], place: Place, where: str) -> int | 
     if place.iteration is None and os.path.basename(place.folder) == "release":
         return None
     return value if isinstance(value, int) else place.iteration
+
+
+def check_ranks_agree(ranks: Sequence[tuple[str, str, Mapping[str, object]]]) -> None:
+    """Hold the stamps of ranks' files against the first one's.
+
+    Args:
+        ranks: what messages call a rank's file, its path, and what it holds.
+
+    Raises:
+        InconsistentError: they stem from different saves.
+        CorruptError: a stamp is none.
+    """
+    for key in ("iteration", "checkpoint_version"):
+        stamps = [(where, scalar(content, key, path)) for where, path, content in ranks]
+        for where, found in stamps[1:]:
+            if found != stamps[0][1]:
+                raise InconsistentError(
+                    f"ranks disagree about {key}; nothing was written",
+                    found=f"{found} in {where}",
+                    expected=f"{stamps[0][1]}, as in {stamps[0][0]}",
+                    fix="use files of one and the same save",
+                )
 
 
 def check_ranks_rise(places: Sequence[tuple[str, Mapping[str, object] | None]]) -> None:
