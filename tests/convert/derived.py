@@ -133,6 +133,21 @@ def resharded(root: Path, target: Path, tp: int, changes: Mapping[str, Any] | No
     return target
 
 
+def whole_module(folder: Path, module: int) -> State:
+    """A module of Megatron-DeepSpeed's llama golden, its two ranks joined."""
+    states = [read(layer_files(folder)[module, rank]) for rank in (0, 1)]
+    whole = {}
+    for name, first in states[0].items():
+        parts = [state[name] for state in states]
+        if "norm" in name or name == "weight":
+            whole[name] = first
+        elif "dense_h_to_4h" in name:
+            whole[name] = torch.cat([p.chunk(2)[half] for half in (0, 1) for p in parts])
+        else:
+            whole[name] = torch.cat(parts, int("dense" in name))
+    return whole
+
+
 def head_to_block(rows: torch.Tensor, heads: int, groups: int) -> torch.Tensor:
     """Rows by head as all queries, all keys, all values."""
     size = rows.shape[0] // (heads + 2 * groups)

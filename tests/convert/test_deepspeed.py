@@ -23,7 +23,16 @@ from mtt_convert.errors import (
     UsageError,
 )
 from mtt_convert.reading import FileReader
-from tests.convert.derived import copied, digest, edited, layer_files, read, resharded, write
+from tests.convert.derived import (
+    copied,
+    digest,
+    edited,
+    layer_files,
+    read,
+    resharded,
+    whole_module,
+    write,
+)
 from tests.convert.golden_cases import OTHER_FORMATS, Case
 from tests.convert.surgery import Golden, refused, run
 
@@ -36,6 +45,7 @@ SINCE_2023 = "legacy/megatron-deepspeed-6acc370a-ZERO1bf16-gpt2-tp1pp1dp2"
 NO_PIPELINE = "legacy/megatron-deepspeed-6acc370a-NOPIPE-gpt2-tp2pp1"
 TAG = "global_step100"
 NAME = "layer_{:02d}-model_{:02d}-model_states.pt"
+STATES = "mp_rank_{:02d}_model_states.pt"
 SAID = {
     "num_attention_heads": 4,
     "layernorm_epsilon": 1e-5,
@@ -336,15 +346,26 @@ def test_megatrons_own_copies_must_be_equal(golden: Golden, tmp_path: Path) -> N
 # ---- other spellings
 
 
-def test_separate_queries_and_keys(golden: Golden, digest_of: Digest, tmp_path: Path) -> None:
+@pytest.mark.parametrize("tp", [1, 2])
+def test_separate_queries_and_keys(
+    tp: int, golden: Golden, digest_of: Digest, tmp_path: Path
+) -> None:
     """Before 2023-11: `query` [heads, hn] and `key_value` [groups, 2, hn], on each rank."""
     root = copied(golden(LLAMA), tmp_path / "root")
-    for (module, _), path in layer_files(root / TAG).items():
+    for (module, rank), path in layer_files(root / TAG).items():
+        if rank >= tp:
+            path.unlink()
+            continue
+        state = whole_module(golden(LLAMA) / TAG, module) if tp == 1 else read(path)
         if 2 <= module <= 5:
-            with edited(path) as state:
-                rows = state.pop("self_attention.query_key_value.weight").view(1, 4, 16, 64)
-                state["self_attention.query.weight"] = rows[:, :2].reshape(-1, 64)
-                state["self_attention.key_value.weight"] = rows[:, 2:].reshape(-1, 64)
+            rows = state.pop("self_attention.query_key_value.weight").view(2 // tp, 4, 16, 64)
+            state["self_attention.query.weight"] = rows[:, :2].reshape(-1, 64)
+            state["self_attention.key_value.weight"] = rows[:, 2:].reshape(-1, 64)
+        write(state, path)
+    if tp == 1:
+        (root / TAG / STATES.format(1)).unlink()
+        with edited(root / TAG / STATES.format(0)) as states:
+            states["mp_world_size"] = states["args"].tensor_model_parallel_size = 1
     assert digest(root, tmp_path / "hf") == digest_of(LLAMA)
     checkpoint = mtt_convert.open_checkpoint(root)
     assert "before 2023-11" in checkpoint.generation

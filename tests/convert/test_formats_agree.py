@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
-from mtt_convert import convert, open_checkpoint
+from mtt_convert import convert, diff, open_checkpoint
 from mtt_convert.errors import IncompleteError, InconsistentError, UnsupportedError
 from mtt_convert.logits import compare_logits
 from tests.convert.surgery import copy_of, edited_metadata, run
@@ -179,6 +182,28 @@ class TestHalves:
         ours = load_file(converted(row) / "model.safetensors")
         assert ours["model.layers.1.mlp.gate_proj.weight"].equal(gate)
         assert ours["model.layers.1.mlp.up_proj.weight"].equal(up)
+
+
+def test_zarr_chunks_reach_beyond_an_array(golden: Golden, tmp_path: Path) -> None:
+    """Chunks at the edges are of full size too, and what is behind an edge is no weight."""
+    row = tiny("core_0.15/zarr", "zarr")
+    root = copy_of(golden, row.path, tmp_path)
+    (folder,) = root.glob("*/decoder.layers.mlp.linear_fc2.weight")
+    whole = load_file(golden("mcore/tiny/reference_megatron.safetensors"))
+    layers = np.stack([whole[f"decoder.layers.{n}.mlp.linear_fc2.weight"] for n in range(2)])
+    for path in folder.glob("[0-9]*"):
+        path.unlink()
+    chunk = (1, 10, 10)
+    grid = [-(-size // part) for size, part in zip(layers.shape, chunk, strict=True)]
+    for index in np.ndindex(*grid):
+        low = [number * part for number, part in zip(index, chunk, strict=True)]
+        inside = layers[tuple(slice(a, a + part) for a, part in zip(low, chunk, strict=True))]
+        beyond = [(0, part - size) for size, part in zip(inside.shape, chunk, strict=True)]
+        data = np.pad(inside, beyond, constant_values=np.nan).tobytes()
+        (folder / ".".join(map(str, index))).write_bytes(data)
+    array = json.loads((folder / ".zarray").read_text())
+    (folder / ".zarray").write_text(json.dumps(array | {"chunks": chunk}))
+    assert diff(root, golden(row.path)).differences == ()
 
 
 def test_a_torch_dist_checkpoint_without_its_metadata_is_incomplete(

@@ -24,6 +24,7 @@ from tests.convert.derived import (
     read,
     resharded,
     split,
+    whole_module,
     write,
 )
 from tests.convert.surgery import Golden, refused
@@ -143,24 +144,6 @@ def test_without_a_pipeline(tp: int, golden: Golden, tmp_path: Path) -> None:
 # ---- LLaMA's options
 
 
-def _whole(golden: Path, module: int) -> dict[str, torch.Tensor]:
-    """A module of Megatron-DeepSpeed's llama golden, its two ranks joined."""
-    states = [
-        read(golden / TAG / f"layer_{module:02d}-model_{rank:02d}-model_states.pt")
-        for rank in (0, 1)
-    ]
-    whole = {}
-    for name, first in states[0].items():
-        parts = [state[name] for state in states]
-        if "norm" in name or name == "weight":
-            whole[name] = first
-        elif "dense_h_to_4h" in name:
-            whole[name] = torch.cat([p.chunk(2)[half] for half in (0, 1) for p in parts])
-        else:
-            whole[name] = torch.cat(parts, int("dense" in name))
-    return whole
-
-
 def _as_neox(
     golden: Path, target: Path, style: str, tp: int, groups_as_blocks: bool = True
 ) -> Path:
@@ -181,7 +164,7 @@ def _as_neox(
     modules = {1: 0, 2: 2, 3: 3, 4: 4, 5: 5, 6: 7, 7: 8}
     for module, number in modules.items():
         states: list[dict[str, torch.Tensor]] = [{} for _ in range(tp)]
-        for name, value in _whole(golden, module).items():
+        for name, value in whole_module(golden / TAG, module).items():
             name = name.replace("self_attention", "attention").replace("lm_head", "final_linear")
             name = "norm.weight" if name == "weight" else name
             name = re.sub(r"(norm)\.weight", r"\1.scale", name)

@@ -133,3 +133,14 @@ def test_a_directory_that_points_beyond_the_file(tmp_path: Path) -> None:
         path.write_bytes(changed)
         with pytest.raises(CorruptError):
             load(str(path))
+
+
+def test_a_pickle_that_changed_is_refused(tmp_path: Path) -> None:
+    """A number that is as good as any other: only the checksum tells."""
+    path = tmp_path / "file.pt"
+    torch.save({"epsilon": "1e-05"}, path)
+    assert load(str(path)) == {"epsilon": "1e-05"}
+    path.write_bytes(path.read_bytes().replace(b"1e-05", b"1e-06"))
+    with pytest.raises(CorruptError, match=r"file\.pt") as error:
+        load(str(path))
+    assert error.value.found == "a pickle with another checksum"

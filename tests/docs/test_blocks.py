@@ -52,6 +52,8 @@ def test_the_examples_run(folder: Path, capfd: pytest.CaptureFixture) -> None:
             run(block, folder, {})
     captured = capfd.readouterr().out
     assert "Once upon a time a small model learned twelve paragraphs by heart." in captured
+    # The shorter prompt of the two is filled up, and continued as if it were alone.
+    assert "Tensor parallelism cuts each layer in width; pipeline parallelism" in captured
     losses = [float(loss) for loss in re.findall(r"'loss': '?([0-9.e-]+)", captured)]
     assert len(losses) == 10
     assert losses[-1] < losses[0]

@@ -34,6 +34,13 @@ EXACT = {
     "bloom-7b1": 7_069_016_064,
     "bloom": 176_247_271_424,
 }
+HEADS = {
+    "megatron-gpt2-345m": 16,
+    "megatron-gpt2-8.3b": 24,
+    "turing-nlg-17b": 28,
+    "mt-nlg-530b": 128,
+    "bloom": 112,
+}
 
 
 def rounds_to(count: int, published: str) -> bool:
@@ -55,6 +62,12 @@ def test_the_model_has_as_many_parameters_as_were_published(name: str) -> None:
         assert preset.difference
         assert preset.difference in (FOLDER / name / "README.md").read_text()
     assert f"| Parameters | {count:,} |" in (FOLDER / name / "README.md").read_text()
+
+
+def test_heads_are_those_of_the_papers() -> None:
+    """Parameters do not depend on them. A few of the tables, typed again."""
+    heads = {name: PRESETS[name].num_attention_heads for name in HEADS}
+    assert heads == HEADS
 
 
 def test_published_figures_are_rounded_as_they_were() -> None:
