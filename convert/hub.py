@@ -70,6 +70,7 @@ def parse_place(text: str, revision: str | None = None) -> HubPlace:
             f"{text!r} is no repository on the Hub",
             found=f"repository {name!r}, branch {branch!r}",
             expected="owner/repo, or hf://owner/repo, or hf://owner/repo@branch",
+            fix="put your name, or your organisation's, before the repository's",
         )
     return HubPlace(name, branch)
 

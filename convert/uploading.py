@@ -123,6 +123,7 @@ def _files(folder: str) -> dict[str, str]:
         raise NotACheckpointError(
             f"{folder} is no folder",
             expected="a folder that mtt convert wrote, or another Hugging Face folder",
+            fix="check the path",
         )
     paths = {}
     for parent, folders, names in os.walk(folder):

@@ -144,3 +144,17 @@ def test_a_pickle_that_changed_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CorruptError, match=r"file\.pt") as error:
         load(str(path))
     assert error.value.found == "a pickle with another checksum"
+
+
+def test_a_record_whose_bytes_are_not_where_it_says_is_refused(tmp_path: Path) -> None:
+    """A header that grew by what storages are aligned to: only the next record tells."""
+    path = tmp_path / "file.pt"
+    torch.save({"a": torch.randn(64), "b": torch.randn(64)}, path)
+    data = bytearray(path.read_bytes())
+    info = next(i for i in zipfile.ZipFile(path).infolist() if i.filename.endswith("data/0"))
+    at = info.header_offset + 28
+    extra_size = int.from_bytes(data[at : at + 2], "little")
+    data[at : at + 2] = (extra_size + 64).to_bytes(2, "little")
+    path.write_bytes(data)
+    with pytest.raises(CorruptError, match="records without gaps"):
+        load(str(path))
