@@ -25,7 +25,7 @@ from collections.abc import Iterable, Mapping
 from functools import cache
 from importlib.resources import files
 
-from .architecture import PARAMS_DTYPES, Architecture, Sizes, read_shapes
+from .architecture import PARAMS_DTYPES, Architecture
 from .argument_tables import (
     FOREIGN,
     LOW_PRECISION,
@@ -41,6 +41,7 @@ from .argument_tables import (
 )
 from .dtypes import DType
 from .errors import UnsupportedError, UsageError
+from .sizes import Sizes, read_shapes
 
 _UNTIED = "untie_embeddings_and_output_weights"
 _EMBEDDING_NORM_EPSILON = 1e-5
