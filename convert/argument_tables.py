@@ -52,7 +52,8 @@ NEUTRAL: Mapping[str, Neutral] = {
     "num_unique_layers": Neutral("layers used more than once"),
     "pos_emb": Neutral("GPT-NeoX, whose arguments have other names", (None,)),
     "retro_add_retriever": Neutral("RETRO's retrieval encoder"),
-    "spec": Neutral("layers built by the user's own code"),
+    # Megatron-Core's BERT is built of its own layers with `--spec local` (pretrain_bert.py).
+    "spec": Neutral("layers built by the user's own code", (*OFF, ("local",))),
     "vision_pretraining": Neutral("a vision model"),
     # With a YAML file the model's arguments stand in a nested namespace (yaml_arguments.py).
     "yaml_cfg": Neutral("a model described by a YAML file that is not in the checkpoint"),
@@ -139,7 +140,7 @@ SETTINGS: Mapping[str, type] = {
         "bias_gelu_fusion use_te_activation_func use_transformer_engine_op_fuser add_bias_linear "
         "add_qkv_bias qk_layernorm untie_embeddings_and_output_weights fp16 bf16 "
         "use_legacy_models use_mcore_models rotary_interleaved embed_layernorm use_bnb_optimizer "
-        "gpt_j_residual".split(),
+        "gpt_j_residual bert_binary_head".split(),
         bool,
     ),
     **dict.fromkeys("normalization transformer_impl tokenizer_type".split(), str),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .architecture import Architecture
+from .card_bert import bert_class, bert_python, bert_rows
 from .checkpoint import Checkpoint
 from .families import Family
 from .layouts import tensor_parallel_sizes
@@ -34,11 +35,16 @@ def model_card(
     """
     has_code = family.code is not None
     title = "Megatron-Turing model" if has_code else family.causal_lm
+    task, example = "text-generation", _python(family, tokenizer)
+    several = _several(architecture, family)
+    if architecture.kind == "bert":
+        title = bert_class(architecture)
+        task, example, several = "fill-mask", bert_python(architecture, tokenizer), ""
     text = f"""\
 ---
 # license: fill in the identifier of yours, see https://huggingface.co/docs/hub/repositories-licenses
 library_name: transformers
-pipeline_tag: text-generation
+pipeline_tag: {task}
 tags:
 {_list(_tags(checkpoint, family))}
 ---
@@ -58,10 +64,10 @@ tags:
 On one GPU, or on a CPU:
 
 ```python
-{_python(family, tokenizer)}
+{example}
 ```
 {_CODE_NOTE if has_code else ""}
-{_several(architecture, family)}
+{several}
 ## License
 
 To be filled in by whoever publishes this model.
@@ -104,6 +110,7 @@ def _model_rows(a: Architecture, num_parameters: int, dtype: str) -> Rows:
         ("Positions", _positions(a)),
         ("Window", _window(a)),
         ("Vocabulary", f"{a.vocab_size or a.padded_vocab_size:,}"),
+        *bert_rows(a),
         ("Head", "its own" if a.untie_embeddings_and_output_weights else "tied to the embedding"),
         ("Element type", dtype),
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from .architecture import Architecture
@@ -24,6 +25,8 @@ from .plan import ConversionPlan, parse_size
 from .tokenizer import Tokenizer
 
 AUTO, DEFAULT = "auto", "mtt"
+# The family of each kind of model that computes all of them, or the only one.
+_DEFAULTS = {"gpt": DEFAULT, "bert": "megatron-bert"}
 
 
 def plan_conversion(
@@ -71,7 +74,7 @@ def plan_conversion(
         **modeling_files(family),
         **words.files,
         "README.md": model_card(checkpoint, family, architecture, count, stored, words),
-        "generation_config.json": generation_json(checkpoint, tokens),
+        **_generation(checkpoint, family, tokens),
         **({INDEX: index} if index is not None else {}),
         "config.json": config_json(family, fields, stored, tokens),
     }
@@ -89,6 +92,15 @@ def plan_conversion(
     )
 
 
+def _generation(
+    checkpoint: Checkpoint, family: Family, tokens: Mapping[str, object]
+) -> dict[str, bytes]:
+    """`generation_config.json`, but of a model that does not generate."""
+    if family.kind == "bert":
+        return {}
+    return {"generation_config.json": generation_json(checkpoint, tokens)}
+
+
 def _preferred(exact: tuple[str, ...], checkpoint: Checkpoint) -> tuple[str, ...]:
     """Exact families, the one the checkpoint came from first."""
     return tuple(sorted(exact, key=lambda name: name != checkpoint.dialect))
@@ -100,10 +112,15 @@ def _family(model_type: str, architecture: Architecture, exact: tuple[str, ...])
     Raises:
         UsageError: the one asked for does not compute the same function.
     """
+    default = _DEFAULTS.get(architecture.kind, DEFAULT)
+    if model_type == DEFAULT:
+        model_type = default
     if model_type == AUTO:
         able = [FAMILIES[name] for name in exact]
         able = [f for f in able if f.has_tp_plan and f.has_attention_backends]
-        return able[0] if able else FAMILIES[DEFAULT]
+        if able:
+            return able[0]
+        model_type = default
     family = FAMILIES[model_type]
     misfits = () if family.code else family.misfits(architecture)
     if misfits:
@@ -111,7 +128,8 @@ def _family(model_type: str, architecture: Architecture, exact: tuple[str, ...])
             f"this model is not exactly a {model_type}; nothing was written",
             found="; ".join(misfits),
             expected=f"what {family.causal_lm} computes",
-            fix=f"--model-type {exact[0] if exact else DEFAULT}, which computes exactly the same",
+            fix=family.fix(architecture)
+            or f"--model-type {exact[0] if exact else default}, which computes exactly the same",
         )
     return family
 

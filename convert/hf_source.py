@@ -147,7 +147,7 @@ def family_of(config: Mapping[str, object], folder: str) -> Family:
 def _check_class(family: Family, config: Mapping[str, object]) -> None:
     """Raise UnsupportedError for another head, or weights that are not plain numbers."""
     names = config.get("architectures") or []
-    known = (family.causal_lm, family.base_model)
+    known = (family.causal_lm, family.base_model, *family.other_heads)
     if not isinstance(names, list) or any(name not in known for name in names):
         raise UnsupportedError(
             "mtt converts language models only",

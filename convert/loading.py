@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from . import replicas
+from .bert_logits import check_single, model_class
+from .conversion import Conversion
 from .documents import generation_config
 from .errors import MTTError, UsageError
 from .execute import Progress, run
@@ -116,6 +118,11 @@ def from_megatron(
     conversion = plan_conversion(
         checkpoint, dtype=dtype, vocab_padding=vocab_padding, tokenizer=tokenizer
     )
+    if conversion.checkpoint.architecture.kind == "bert":
+        check_single(tp_size * pp_size)
+        for warning in replicas.compare(conversion.plan.replicas, policy):
+            _LOGGER.warning(warning)
+        return _bert(conversion, kwargs, num_workers=num_workers, progress=progress)
     fields = {**conversion.config, **conversion.tokens, "dtype": conversion.dtype, **kwargs}
     config = MTTConfig(**fields)
     check_layout(config, tp_size, pp_size)
@@ -145,3 +152,27 @@ def from_megatron(
     model.generation_config = GenerationConfig(**generation_config(conversion.tokens))
     model.eval()
     return model
+
+
+def _bert(
+    conversion: Conversion,
+    kwargs: Mapping[str, Any],
+    *,
+    num_workers: int,
+    progress: Progress | None,
+) -> Any:
+    """A BERT of transformers' own class."""
+    from accelerate import init_empty_weights
+    from transformers import MegatronBertConfig
+
+    fields = {**conversion.config, **conversion.tokens, "dtype": conversion.dtype, **kwargs}
+    config = MegatronBertConfig(**fields)
+    with init_empty_weights(include_buffers=False):
+        model = model_class(config)(config)
+    sink = TensorSink()
+    run(conversion.plan, sink, num_workers=num_workers, algorithm="none", progress=progress)
+    missing, unexpected = model.load_state_dict(sink.tensors, strict=False, assign=True)
+    if unexpected or set(missing) - set(model.all_tied_weights_keys):
+        raise MTTError(f"the model and the plan disagree: {sorted(missing)} {unexpected}")
+    model.tie_weights(recompute_mapping=False)
+    return model.eval()

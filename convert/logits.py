@@ -7,6 +7,7 @@ import zipfile
 import zlib
 from typing import TYPE_CHECKING
 
+from .bert_logits import bert_difference, is_bert, load_bert
 from .errors import CorruptError, SourceError, UsageError
 from .families import FAMILIES
 from .formats import hf_safetensors
@@ -43,6 +44,8 @@ def load_model(
         options["distributed_config"] = DistributedConfig(tp_size=tp_size, pp_size=pp_size)
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+        if is_bert(config):
+            return load_bert(path, config, dtype, tp_size * pp_size)
         if isinstance(config, MTTConfig):
             check_layout(config, tp_size, pp_size)
         return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **options).eval()
@@ -88,6 +91,8 @@ def compare_logits(path: str | os.PathLike[str], reference: str | os.PathLike[st
     path, reference = os.fspath(path), os.fspath(reference)
     input_ids, wanted = _read_reference(reference)
     model = load_model(path, dtype="float32")
+    if is_bert(model.config):
+        return bert_difference(model, reference, input_ids, wanted)
     rows, limit = model.config.vocab_size, position_limit(model)
     if input_ids.min() < 0 or input_ids.max() >= rows:
         raise _unfit(reference, f"ids {input_ids.min()} to {input_ids.max()}", f"0 to {rows - 1}")

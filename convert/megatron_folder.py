@@ -30,7 +30,7 @@ from .dialects import CORE, WRITABLE
 from .dialects.modules import Modules
 from .documents import special_tokens
 from .dtypes import DTYPES
-from .errors import UsageError
+from .errors import UnsupportedError, UsageError
 from .formats import megatron_torch, megatron_torch_dist
 from .formats.folders import TRACKER
 from .formats.megatron_torch import RankModel
@@ -98,6 +98,13 @@ def plan_conversion(
         UsageError: options that contradict each other or the checkpoint.
     """
     check_dtype(dtype)
+    if checkpoint.architecture.kind == "bert":
+        raise UnsupportedError(
+            "mtt reads BERT, and does not write it as a Megatron checkpoint; nothing was written",
+            found=f"{checkpoint.folder}, a BERT, to {to}",
+            expected="a GPT",
+            fix="convert it with --to hf",
+        )
     _check_choices(transformer_impl, make_vocab_size_divisible_by)
     if pipeline_model_parallel_layout is not None:
         vpp = _chunks_of(pipeline_model_parallel_layout, pp, vpp)

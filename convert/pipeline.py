@@ -38,6 +38,7 @@ from .arguments import (
     low_precision,
     unknown_arguments,
 )
+from .bert_arguments import bert_architecture
 from .checkpoint import Checkpoint, RawCheckpoint
 from .conversion import Conversion
 from .documents import source_facts
@@ -105,7 +106,7 @@ def open_checkpoint(
         args, notes = dialect.arguments(raw.args or {}, shapes, overrides)
         shards = [replace(shard, args=None) for shard in raw.shards]
         raw = replace(raw, args=args, shards=tuple(shards))
-    architecture = _architecture(raw, shapes, overrides, legacy=not dialect.is_core)
+    architecture = _architecture(raw, shapes, overrides, dialect)
     order, reason = _row_order(raw, dialect, names, architecture, qkv_order)
     held = row_order.in_head_order(held, order, architecture, raw.layout.tp, tp)
     if raw.has_up_first or dialect.has_up_first(names):
@@ -156,21 +157,32 @@ def _architecture(
     raw: RawCheckpoint,
     shapes: Mapping[str, tuple[int, ...]],
     overrides: Mapping[str, object],
-    *,
-    legacy: bool,
+    dialect: dialects.Dialect,
 ) -> Architecture:
+    legacy = not dialect.is_core
+
+    def read(args: Mapping[str, object]) -> Architecture:
+        found = architecture_from_args(args, overrides=overrides, legacy=legacy)
+        return finish(found, args)
+
+    def finish(found: Architecture, args: Mapping[str, object]) -> Architecture:
+        if dialect.kind != "bert":
+            return found
+        return bert_architecture(found, args, overrides, shapes, legacy=legacy)
+
     rows = shapes.get("embedding.word_embeddings.weight", (0,))[0]
     if raw.vocab_size is not None and raw.vocab_size <= rows:
         overrides = {"vocab_size": raw.vocab_size, **overrides}
     if raw.args is None:
-        return architecture_from_shapes(shapes, overrides, may_lack_head=raw.may_lack_head)
+        may_lack = raw.may_lack_head
+        return finish(architecture_from_shapes(shapes, overrides, may_lack_head=may_lack), {})
     if rows and not isinstance(raw.args.get("padded_vocab_size"), int):
         overrides = {"padded_vocab_size": rows, **overrides}
-    first = architecture_from_args(raw.args, overrides=overrides, legacy=legacy)
+    first = read(raw.args)
     for shard in raw.shards:
         if shard.args is None or shard.args is raw.args:
             continue
-        other = architecture_from_args(shard.args, overrides=overrides, legacy=legacy)
+        other = read(shard.args)
         if other != first:
             names = [n for n in first.__dataclass_fields__ if _value(first, n) != _value(other, n)]
             raise InconsistentError(

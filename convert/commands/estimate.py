@@ -126,8 +126,20 @@ def read_model(args: argparse.Namespace) -> tuple[Model, tuple[str, ...]]:
     checkpoint = open_checkpoint(path, **source_options(args))
     dtype = main_dtype(checkpoint.tensors) if args.dtype == "auto" else args.dtype
     a = checkpoint.architecture
+    _refuse_bert(a, path)
     rows = a.vocab_size or a.padded_vocab_size  # padding is not converted
     return Model(replace(a, padded_vocab_size=rows), dtype), checkpoint.warnings
+
+
+def _refuse_bert(architecture: Architecture, path: str) -> None:
+    """Raise UnsupportedError for a model without a cache that no GPU is too small for."""
+    if architecture.kind == "bert":
+        raise UnsupportedError(
+            "mtt estimates models that generate",
+            found=f"{path}, a BERT",
+            expected="a GPT",
+            fix="it runs on one GPU that holds its weights",
+        )
 
 
 def _from_config(config: Mapping[str, object], path: str, dtype: str) -> Model:
@@ -142,6 +154,7 @@ def _from_config(config: Mapping[str, object], path: str, dtype: str) -> Model:
         # What is left out has no parameters and takes no memory.
         fields = {name: value for name, value in fields.items() if name not in family.neutral}
     architecture = family.architecture(fields)
+    _refuse_bert(architecture, path)
     if dtype == "auto":
         dtype = architecture.params_dtype or _DEFAULT_DTYPE
     return Model(architecture, dtype)

@@ -71,6 +71,7 @@ def _print(checkpoint: Checkpoint) -> None:
             ("parameters", f"{checkpoint.num_parameters:,} in {len(checkpoint.tensors)} tensors"),
             ("size", size(checkpoint.num_bytes)),
             ("dtypes", ", ".join(f"{n} x {d}" for d, n in _dtypes(checkpoint).items())),
+            ("kind", _kind(a)),
             ("layers", a.num_layers),
             ("hidden", a.hidden_size),
             ("attention", f"{a.num_attention_heads} heads of {a.kv_channels}"),
@@ -86,6 +87,14 @@ def _print(checkpoint: Checkpoint) -> None:
             ("left out", dropped_text(checkpoint.dropped)),
         )
     )
+
+
+def _kind(a: Architecture) -> str:
+    """What a model that is no decoder is."""
+    if a.kind != "bert":
+        return ""
+    heads = "masked tokens and the second text" if a.bert_binary_head else "masked tokens"
+    return f"bert, {a.num_tokentypes} token types, predicts {heads}"
 
 
 def _windows(a: Architecture) -> str:

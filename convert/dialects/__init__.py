@@ -12,16 +12,11 @@ from dataclasses import replace
 from ..checkpoint import Shard
 from ..errors import UnsupportedError
 from ..mapping import shorten
-from . import core_local, core_te, deepspeed, gpt_neox, legacy
+from . import core_bert, core_local, core_te, deepspeed, gpt_neox, legacy, legacy_bert
 from .dialect import Dialect as Dialect
 
 _NOT_YET = (
-    (r"encoder\.layers\..*|.*\.(inter|cross)_attention\..*", "an encoder, as in T5"),
-    (
-        r"language_model\.(pooler|embedding\.tokentype_embeddings)\..*"
-        r"|lm_head\.(dense|norm|layernorm)\..*|binary_head\..*",
-        "BERT",
-    ),
+    (r".*\.(inter|cross)_attention\..*", "an encoder, as in T5"),
     (r".*\.mlp\.(experts|local_experts|router|deepspeed_moe)\..*", "a mixture of experts"),
     (r"mtp\..*", "multi-token prediction"),
     (r".*\.mixer\..*", "Mamba layers"),
@@ -31,6 +26,8 @@ DIALECTS: tuple[Dialect, ...] = (
     core_te.DIALECT,
     core_local.DIALECT,
     legacy.DIALECT,
+    legacy_bert.DIALECT,
+    core_bert.DIALECT,
     deepspeed.DIALECT,
     gpt_neox.DIALECT,
 )

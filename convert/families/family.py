@@ -40,10 +40,11 @@ _COMMON = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Limit:
-    """What a class asks for that no field says."""
+    """What a class asks for that no field says, and what a user can do about it."""
 
     text: str
     holds: Callable[[Architecture], bool]
+    fix: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +53,9 @@ class Family:
 
     Attributes:
         name: the `model_type` of `config.json`.
+        kind: `kind` of the architectures it computes.
         causal_lm: the class with a language-model head.
+        other_heads: classes with other heads that mtt knows too.
         base_model: the class without.
         prefix: what the names of the base model's tensors begin with in `causal_lm`.
         rules: the table of names for an architecture, canonical ones on the left, in the order
@@ -76,6 +79,8 @@ class Family:
     causal_lm: str
     base_model: str
     prefix: str
+    kind: str = "gpt"
+    other_heads: tuple[str, ...] = ()
     rules: Callable[[Architecture], RuleTable]
     fields: tuple[Field, ...]
     fixed: Mapping[str, object] = field(default_factory=dict)
@@ -154,6 +159,10 @@ class Family:
             return (*found, error.found or error.message)
         different = [name for name in wanted if name in back and back[name] != wanted[name]]
         return (*found, *(f"{name} = {wanted[name]}" for name in different))
+
+    def fix(self, architecture: Architecture) -> str | None:
+        """What a user can do about a limit that does not hold."""
+        return next((x.fix for x in self.limits if x.fix and not x.holds(architecture)), None)
 
     def unknown_fields(self, config: Config) -> list[str]:
         """Fields mtt does not know, of those that are set to something."""

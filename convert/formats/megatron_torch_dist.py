@@ -52,13 +52,13 @@ _STATE = re.compile(
     r"|(?P<rerun>rerun_state_machine_state.*)"
     r"|(?P<extra>.*\._extra_state(/.*)?)"
 )
-_MODEL = re.compile(r"(module\.)?(embedding|encoder|decoder|output_layer|mtp)\b")
+_MODEL = re.compile(r"(module\.)?(embedding|encoder|decoder|output_layer|mtp|pooler|lm_head|binary_head)\b")
 # NeMo saves the model within what wraps it.
 _WRAPPER = "module."
 _GATE, _UP = "_w", "_v"
 _KINDS = {"optimizer": "optimizer", "rng": "rng", "rerun": "rerun state", "extra": "_extra_state"}
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
-_STACKED = re.compile(r"decoder\.layers\.(?!\d+\.)(.+)")
+_STACKED = re.compile(r"((?:en|de)coder\.layers)\.(?!\d+\.)(.+)")
 
 
 def holds_model(folder: str) -> bool:
@@ -272,7 +272,7 @@ def _numbered(name: str, tensor: LazyTensor) -> dict[str, LazyTensor]:
     if not hit:
         return {name: tensor}
     layers = tensor.unstack()
-    return {f"decoder.layers.{layer}.{hit[1]}": part for layer, part in enumerate(layers)}
+    return {f"{hit[1]}.{layer}.{hit[2]}": part for layer, part in enumerate(layers)}
 
 
 @dataclass(frozen=True, slots=True)
