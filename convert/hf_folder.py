@@ -18,7 +18,7 @@ from .conversion import (
     true_vocabulary,
 )
 from .documents import config_json, generation_json, modeling_files, special_tokens
-from .errors import UsageError
+from .errors import UnsupportedError, UsageError
 from .families import FAMILIES, Family, exact_families
 from .formats.hf_safetensors import INDEX, plan_files
 from .plan import ConversionPlan, parse_size
@@ -111,6 +111,7 @@ def _family(model_type: str, architecture: Architecture, exact: tuple[str, ...])
 
     Raises:
         UsageError: the one asked for does not compute the same function.
+        UnsupportedError: none does.
     """
     default = _DEFAULTS.get(architecture.kind, DEFAULT)
     if model_type == DEFAULT:
@@ -123,6 +124,12 @@ def _family(model_type: str, architecture: Architecture, exact: tuple[str, ...])
         model_type = default
     family = FAMILIES[model_type]
     misfits = () if family.code else family.misfits(architecture)
+    if misfits and not exact and family.name == default and not family.fix(architecture):
+        raise UnsupportedError(
+            "no class of transformers computes this model; nothing was written",
+            found="; ".join(misfits),
+            expected=f"what {family.causal_lm} computes",
+        )
     if misfits:
         raise UsageError(
             f"this model is not exactly a {model_type}; nothing was written",

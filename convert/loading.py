@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import os
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from . import replicas
 from .bert_logits import check_single, model_class
@@ -78,6 +78,8 @@ def from_megatron(
 ) -> MTTForCausalLM:
     """Load a Megatron checkpoint as a `MTTForCausalLM` without writing a file.
 
+    A BERT becomes the class of transformers that its `config.json` would name.
+
     With `tp_size` or `pp_size` it is called by every process that torchrun started, reads only
     what its process holds, and gives what `from_pretrained` with a `DistributedConfig` would.
 
@@ -122,7 +124,8 @@ def from_megatron(
         check_single(tp_size * pp_size)
         for warning in replicas.compare(conversion.plan.replicas, policy):
             _LOGGER.warning(warning)
-        return _bert(conversion, kwargs, num_workers=num_workers, progress=progress)
+        bert = _bert(conversion, kwargs, num_workers=num_workers, progress=progress)
+        return cast("MTTForCausalLM", bert)
     fields = {**conversion.config, **conversion.tokens, "dtype": conversion.dtype, **kwargs}
     config = MTTConfig(**fields)
     check_layout(config, tp_size, pp_size)

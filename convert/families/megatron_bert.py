@@ -30,13 +30,11 @@ _EMBEDDINGS, _HEAD = "bert.embeddings", "cls.predictions"
 _WORDS = "embedding.word_embeddings.weight"
 
 
-def _table(*words: Rule) -> RuleTable:
+def _table(words: Rule, *types: Rule) -> RuleTable:
     return RuleTable(
-        *words,
+        words,
         Rule("embedding.position_embeddings.weight", f"{_EMBEDDINGS}.position_embeddings.weight"),
-        Rule(
-            "embedding.tokentype_embeddings.weight", f"{_EMBEDDINGS}.token_type_embeddings.weight"
-        ),
+        *types,
         Rule(f"{_IN}.self_attention.linear_qkv.layer_norm_{{p}}", f"{_OUT}.attention.ln.{{p}}"),
         Rule(
             f"{_IN}.self_attention.linear_qkv.{{p}}",
@@ -59,7 +57,12 @@ def _table(*words: Rule) -> RuleTable:
 
 # The class always has a table of token types.
 _TABLES = {
-    True: _table(Rule(_WORDS, f"{_EMBEDDINGS}.word_embeddings.weight", TrimVocab())),
+    True: _table(
+        Rule(_WORDS, f"{_EMBEDDINGS}.word_embeddings.weight", TrimVocab()),
+        Rule(
+            "embedding.tokentype_embeddings.weight", f"{_EMBEDDINGS}.token_type_embeddings.weight"
+        ),
+    ),
     False: _table(
         Rule(
             _WORDS,
@@ -170,7 +173,6 @@ FAMILY = Family(
         "kv_channels": lambda facts: facts["hidden_size"] // max(facts["num_attention_heads"], 1),
     },
     defaults={
-        "architectures": [PRETRAINING],
         "hidden_act": "gelu",
         "type_vocab_size": 2,
         "layer_norm_eps": 1e-12,

@@ -52,7 +52,9 @@ _STATE = re.compile(
     r"|(?P<rerun>rerun_state_machine_state.*)"
     r"|(?P<extra>.*\._extra_state(/.*)?)"
 )
-_MODEL = re.compile(r"(module\.)?(embedding|encoder|decoder|output_layer|mtp|pooler|lm_head|binary_head)\b")
+_MODEL = re.compile(
+    r"(module\.)?(embedding|encoder|decoder|output_layer|mtp|pooler|lm_head|binary_head)\b"
+)
 # NeMo saves the model within what wraps it.
 _WRAPPER = "module."
 _GATE, _UP = "_w", "_v"

@@ -48,6 +48,8 @@ CLASSES = {
     "gpt_neox": "GPTNeoXForCausalLM",
     "nemotron": "NemotronForCausalLM",
 }
+# Without a counterpart in MTT.
+NO_DECODERS = {"megatron-bert": "MegatronBertForPreTraining"}
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ class Case:
 
 
 def model_class(family: str) -> Any:
-    return getattr(transformers, CLASSES[family])
+    return getattr(transformers, {**CLASSES, **NO_DECODERS}[family])
 
 
 def case(family: str, **options: Any) -> Case:

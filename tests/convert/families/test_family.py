@@ -17,7 +17,16 @@ from mtt_convert.errors import UnsupportedError
 from mtt_convert.families import FAMILIES, exact_families
 from mtt_convert.families.family import Family
 from mtt_convert.parameters import expected
-from tests.convert.families.natives import CASES, CLASSES, LINEAR, LLAMA3, Case, case, model_class
+from tests.convert.families.natives import (
+    CASES,
+    CLASSES,
+    LINEAR,
+    LLAMA3,
+    NO_DECODERS,
+    Case,
+    case,
+    model_class,
+)
 
 NATIVE = sorted(CLASSES)
 LLAMA = Architecture(
@@ -446,7 +455,7 @@ def test_the_defaults_are_the_class_s(name: str) -> None:
         assert theirs[field] is None or field.endswith(sizes), field
 
 
-@pytest.mark.parametrize("name", NATIVE)
+@pytest.mark.parametrize("name", [*NATIVE, *NO_DECODERS])
 def test_the_classes_are_those_of_transformers(name: str) -> None:
     family, found = FAMILIES[name], model_class(name)
     assert found.__name__ == family.causal_lm
