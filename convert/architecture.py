@@ -6,7 +6,8 @@
         h = h + linear_fc2(activation(linear_fc1(norm(h))))
     logits = output_layer(final_layernorm(h))
 
-With `parallel_residual`, both norms of a layer see the same h, and both results are added to it.
+With `parallel_residual`, both norms of a layer see the same h, and both results are added to it;
+with `shared_layernorm` there is only the first.
 
 `arguments.py` makes an `Architecture` from a checkpoint; readers, families and writers work with
 nothing else. Sources are paths in megatron-core 0.16.1 unless another is named.
@@ -170,6 +171,9 @@ class Architecture:
     parallel_residual: bool = False
     """Attention and MLP of a layer read the same residual stream, as in GPT-NeoX; no Megatron-Core
     computes that."""
+
+    shared_layernorm: bool = False
+    """With `parallel_residual`, one norm feeds attention and MLP, as in Falcon 7B."""
 
     num_experts: int | None = None
     """Experts of every layer that has them; None for a dense model. All that begins with `moe_`
@@ -439,6 +443,12 @@ class Architecture:
             "an impossible deviation",
             "init_method_std",
             "at least 0",
+        )
+        self._require(
+            self.parallel_residual or not self.shared_layernorm,
+            "one norm cannot feed attention and MLP one after the other",
+            "shared_layernorm parallel_residual",
+            "shared_layernorm only with parallel_residual",
         )
         self._check_rotation()
         self._check_window()

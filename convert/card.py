@@ -105,7 +105,7 @@ def _model_rows(a: Architecture, num_parameters: int, dtype: str) -> Rows:
         ("Activation", a.activation),
         ("Norm", f"{a.normalization}, epsilon {a.layernorm_epsilon:g}{centred}"),
         ("Norm after the embedding", "yes" if a.embedding_norm else None),
-        ("Residuals", "parallel" if a.parallel_residual else None),
+        ("Residuals", _residuals(a)),
         ("Biases", biases if a.has_qkv_bias else "none"),
         ("Positions", _positions(a)),
         ("Window", _window(a)),
@@ -114,6 +114,12 @@ def _model_rows(a: Architecture, num_parameters: int, dtype: str) -> Rows:
         ("Head", "its own" if a.untie_embeddings_and_output_weights else "tied to the embedding"),
         ("Element type", dtype),
     ]
+
+
+def _residuals(a: Architecture) -> str | None:
+    if not a.parallel_residual:
+        return None
+    return "parallel, of one norm" if a.shared_layernorm else "parallel"
 
 
 def _positions(a: Architecture) -> str:

@@ -207,7 +207,9 @@ PARAMETERS = (
         lambda a: (a.hidden_size,),
         when=lambda a: a.add_bias_linear,
     ),
-    *_norm(f"{_MLP}.linear_fc1.layer_norm_", lambda a: a.hidden_size, _always),
+    *_norm(
+        f"{_MLP}.linear_fc1.layer_norm_", lambda a: a.hidden_size, lambda a: not a.shared_layernorm
+    ),
     *_mlp(_MLP, lambda a: a.ffn_hidden_size, layers=_is_dense),
     Parameter(
         f"{_MLP}.router.weight", lambda a: (a.num_experts or 0, a.hidden_size), layers=_is_sparse

@@ -147,10 +147,6 @@ def _from_config(config: Mapping[str, object], path: str, dtype: str) -> Model:
     family = family_of(config, path)
     fields = dict(config)
     if family is FAMILIES["mtt"]:
-        if fields.get("shared_layernorm"):
-            raise UnsupportedError(
-                "mtt does not know the size of this model", found="shared_layernorm = True"
-            )
         # What is left out has no parameters and takes no memory.
         fields = {name: value for name, value in fields.items() if name not in family.neutral}
     architecture = family.architecture(fields)

@@ -8,7 +8,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ..architecture import Architecture
-from . import gpt2, gpt_neox, llama, megatron_bert, mistral, mtt, nemotron, qwen2, qwen3
+from . import (
+    bloom,
+    falcon,
+    gpt2,
+    gpt_neox,
+    llama,
+    megatron_bert,
+    mistral,
+    mtt,
+    nemotron,
+    qwen2,
+    qwen3,
+)
 from .family import Family
 
 __all__ = ["FAMILIES", "Family", "exact_families"]
@@ -16,7 +28,19 @@ __all__ = ["FAMILIES", "Family", "exact_families"]
 # The families of transformers in the order in which they are preferred.
 FAMILIES: Mapping[str, Family] = {
     module.FAMILY.name: module.FAMILY
-    for module in (mtt, llama, qwen2, qwen3, mistral, nemotron, gpt_neox, gpt2, megatron_bert)
+    for module in (
+        mtt,
+        llama,
+        qwen2,
+        qwen3,
+        mistral,
+        nemotron,
+        gpt_neox,
+        gpt2,
+        bloom,
+        falcon,
+        megatron_bert,
+    )
 }
 
 

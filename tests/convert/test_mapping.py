@@ -83,6 +83,13 @@ def test_every_family_rule_undoes_itself(family: str, gated: bool) -> None:
         rotary = family == "gpt_neox"
         kind = "rope" if rotary else "learned_absolute"
         architecture = replace(TINY, num_query_groups=2, position_embedding_type=kind)
+    if family in ("bloom", "falcon"):
+        architecture = replace(
+            TINY,
+            position_embedding_type="alibi" if family == "bloom" else "rope",
+            embedding_norm=family == "bloom",
+            parallel_residual=family == "falcon" and gated,
+        )
     if family == "megatron-bert":
         architecture = replace(BERT, num_tokentypes=2 * gated)
     source = {name: tensor(*shape) for name, shape in expected(architecture).items()}
