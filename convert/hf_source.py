@@ -18,11 +18,13 @@ from collections.abc import Iterable, Mapping
 from . import parameters, sources
 from .architecture import Architecture
 from .checkpoint import Checkpoint, Layout, Replicas
+from .dialects import foreign
 from .dtypes import DTYPES
 from .errors import (
     CorruptError,
     IncompleteError,
     MappingError,
+    SourceError,
     UnsupportedError,
     UsageError,
 )
@@ -136,12 +138,21 @@ def family_of(config: Mapping[str, object], folder: str) -> Family:
     """
     name = config.get("model_type")
     if not isinstance(name, str) or name not in FAMILIES:
+        more = foreign.describe(_names(folder))
         raise UnsupportedError(
             f"mtt cannot read this kind of model: {folder}",
-            found=f"model_type = {name!r}",
+            found=f"model_type = {name!r}" + (f"; {more}" if more else ""),
             expected=", ".join(sorted(FAMILIES)),
         )
     return FAMILIES[name]
+
+
+def _names(folder: str) -> Iterable[str]:
+    """Names of tensors, as far as files say them."""
+    try:
+        return hf_safetensors.read_tensors(folder) if hf_safetensors.holds_model(folder) else ()
+    except SourceError:
+        return ()
 
 
 def _check_class(family: Family, config: Mapping[str, object]) -> None:

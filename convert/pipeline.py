@@ -41,6 +41,7 @@ from .arguments import (
 from .bert_arguments import bert_architecture
 from .checkpoint import Checkpoint, RawCheckpoint
 from .conversion import Conversion
+from .dialects import foreign
 from .documents import source_facts
 from .errors import InconsistentError, UsageError
 from .execute import Progress, run
@@ -93,6 +94,7 @@ def open_checkpoint(
     if epfl.is_epfl(raw):
         raw = epfl.in_core_words(raw)
     names = {name for shard in raw.shards for name in shard.tensors}
+    foreign.refuse(raw.shards, raw.args)
     dialect = dialects.detect(names)
     shards = dialects.canonical(dialect, raw.shards)
     overrides = overrides or {}

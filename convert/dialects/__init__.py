@@ -19,7 +19,6 @@ _NOT_YET = (
     (r".*\.(inter|cross)_attention\..*", "an encoder, as in T5"),
     (r".*\.mlp\.(experts|local_experts|router|deepspeed_moe)\..*", "a mixture of experts"),
     (r"mtp\..*", "multi-token prediction"),
-    (r".*\.mixer\..*", "Mamba layers"),
     (r".*\.self_attention\.linear_(q|kv)_.*", "multi-latent attention"),
 )
 DIALECTS: tuple[Dialect, ...] = (
