@@ -101,18 +101,19 @@ NEUTRAL: Mapping[str, Neutral] = {
     "export_real_quant_cfg": Neutral(_QUANTISED, (*OFF, "None")),
     "fp4_param": Neutral(_QUANTISED),
     "fp4_param_gather": Neutral(_QUANTISED),
-    "fp8_param": Neutral(_QUANTISED),
-    "fp8_param_gather": Neutral(_QUANTISED),
 }
 
-# Matrix products in few bits while training. The stored weights are params_dtype, and computing
-# with them in params_dtype is what the rounding approximated.
+# Matrix products in few bits while training. The stored weights are params_dtype, or FP8 with their
+# scales (see formats/float8.py); computing with them in params_dtype is what the rounding
+# approximated.
 LOW_PRECISION: Mapping[str, str] = {
     "export_kv_cache_quant": "a quantised key/value cache",
     "fp4": "matrix products in FP4",
     "fp8": "matrix products in FP8",
     "fp8_e4m3": "matrix products in FP8",
     "fp8_hybrid": "matrix products in FP8",
+    "fp8_param": "weights kept in FP8 between steps",
+    "fp8_param_gather": "weights kept in FP8 between steps",
     "kitchen_config_file": "matrix products quantised by Kitchen",
     "kitchen_recipe_number": "matrix products quantised by Kitchen",
     "quant_recipe": "matrix products quantised by a recipe",

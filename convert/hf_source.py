@@ -29,7 +29,7 @@ from .errors import (
     UsageError,
 )
 from .families import FAMILIES, Family
-from .formats import hf_safetensors
+from .formats import float8, hf_safetensors
 from .mapping import RuleTable, shorten
 from .sources import listing
 from .tensors import LazyTensor, zeros
@@ -84,6 +84,9 @@ def open_hf_folder(
     _check_weights(folder)
     architecture = family.architecture(config)
     stored = hf_safetensors.read_tensors(folder)
+    num_files = len({path for t in stored.values() for p in t.pieces for path in p.paths})
+    if config.get("quantization_config"):
+        stored = float8.without_scales(stored, config)
     skipped = tuple(sorted(set(stored) & set(skip_keys)))
     buffers = tuple(n for n in stored if re.fullmatch(family.buffers, n) and n not in skipped)
     kept = {n: t for n, t in stored.items() if n not in {*skipped, *buffers}}
@@ -91,7 +94,6 @@ def open_hf_folder(
     dropped = {"skipped": skipped, "buffers": buffers}
     if replicas:
         dropped["tied copy"] = (_HEAD,)
-    files = {piece.path for tensor in tensors.values() for piece in tensor.pieces}
     return Checkpoint(
         format=FORMAT,
         folder=folder,
@@ -103,9 +105,13 @@ def open_hf_folder(
         args=_tokenizer_arguments(folder),
         replicas=replicas,
         dropped={kind: names for kind, names in dropped.items() if names},
-        warnings=(*family.warnings(config), *_foreign_code(family, config)),
+        warnings=(
+            *float8.note(stored.values()),
+            *family.warnings(config),
+            *_foreign_code(family, config),
+        ),
         evidence=(f"config.json with model_type {family.name}",),
-        num_files=len(files),
+        num_files=num_files,
         iterations=(),
         config=config,
     )
@@ -168,10 +174,12 @@ def _check_class(family: Family, config: Mapping[str, object]) -> None:
     if config.get("quantization_config"):
         details = config["quantization_config"]
         method = details.get("quant_method") if isinstance(details, dict) else None
+        if method == float8.METHOD:
+            return
         raise UnsupportedError(
             "the weights are kept in a quantised form",
             found=f"quantization_config with quant_method = {method!r}",
-            expected="weights in float32, float16 or bfloat16",
+            expected="weights in float32, float16 or bfloat16, or in fp8 with scales for blocks",
             fix="give the folder this one was quantised from",
         )
 

@@ -45,7 +45,7 @@ from .dialects import foreign
 from .documents import source_facts
 from .errors import InconsistentError, UsageError
 from .execute import Progress, run
-from .formats import epfl
+from .formats import epfl, float8
 from .hub import is_hub, parse_place
 from .hub_target import HubSink
 from .manifest import ALGORITHMS
@@ -130,7 +130,12 @@ def open_checkpoint(
         args=raw.args or {},
         replicas=copies,
         dropped=dropped,
-        warnings=(*notes, *_unknown_arguments(raw), *low_precision(raw.args or {})),
+        warnings=(
+            *float8.note(tensors.values()),
+            *notes,
+            *_unknown_arguments(raw),
+            *low_precision(raw.args or {}),
+        ),
         evidence=(*raw.evidence, f"names like {shown}", reason),
         num_files=raw.num_files,
         iterations=raw.iterations,

@@ -14,11 +14,11 @@ from types import TracebackType
 import numpy as np
 
 from .boxes import Box, intersect, row_major, windows
-from .casting import add_windows
+from .casting import Products, add_windows, scale_window
 from .dtypes import DType
 from .errors import CorruptError, SourceError
 from .sources import File, open_file
-from .tensors import MEAN, SUM, SUM_OF_PARTS, Combined, LazyTensor, Piece
+from .tensors import MEAN, SUM, SUM_OF_PARTS, Combined, LazyTensor, Piece, Scaled, Source
 
 WINDOW_BYTES = 1 << 20
 _TRANSPOSED_WINDOW_BYTES = 32 << 20
@@ -50,8 +50,8 @@ class FileReader:
         while self._files:
             self._files.popitem()[1].close()
 
-    def read_into(self, path: str | Combined, offset: int, out: memoryview) -> None:
-        """Fill `out` from a file, or from the elements of several tensors.
+    def read_into(self, path: Source, offset: int, out: memoryview) -> None:
+        """Fill `out` from a file, or from the elements that are computed of other tensors.
 
         Raises:
             CorruptError: the file ends before.
@@ -59,6 +59,9 @@ class FileReader:
         """
         if isinstance(path, Combined):
             self.num_bytes += _combine(path, offset, out)
+            return
+        if isinstance(path, Scaled):
+            self.num_bytes += _scale(path, offset, out)
             return
         position = 0
         try:
@@ -107,6 +110,23 @@ def _combine(source: Combined, offset: int, out: memoryview) -> int:
             out[:] = parts[0]
         else:
             out[:] = add_windows(parts, dtype, mean=source.how == MEAN)
+        return reader.num_bytes
+
+
+def _scale(source: Scaled, offset: int, out: memoryview) -> int:
+    """Fill `out` with products; returns the bytes that were read for it."""
+    columns = source.values.shape[1]
+    start, count = offset // source.dtype.itemsize, len(out) // source.dtype.itemsize
+    first, last = start // columns, (start + count - 1) // columns
+    top = first // source.block[0]
+    height = last // source.block[0] - top + 1
+    with FileReader() as reader:  # another may be in use for what `out` is a part of
+        values = _whole(source.values.flatten(0, 2).narrow(0, start, count), reader)
+        scales = _whole(source.scales.narrow(0, top, height), reader)
+        place = Products(start, columns, source.block, top, source.scales.shape[1])
+        out[:] = scale_window(
+            values, scales, (source.values.dtype, source.scales.dtype, source.dtype), place
+        )
         return reader.num_bytes
 
 
@@ -189,7 +209,7 @@ def _merged(shape: tuple[int, ...], source: tuple[int, ...], target: tuple[int, 
 
 def _gather(
     reader: FileReader,
-    path: str | Combined,
+    path: Source,
     offset: int,
     dims: Dims,
     out: np.ndarray,

@@ -32,8 +32,8 @@ _COMMON = frozenset(
     diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size
     exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id length_penalty
     max_length min_length no_repeat_ngram_size num_beam_groups num_beams num_return_sequences
-    pruned_heads remove_invalid_values repetition_penalty temperature tie_encoder_decoder top_k
-    top_p typical_p
+    pruned_heads quantization_config remove_invalid_values repetition_penalty temperature
+    tie_encoder_decoder top_k top_p typical_p
     """.split()
 )
 
