@@ -11,10 +11,14 @@ from .modules import Modules
 
 _ATTENTION = f"{LAYER}self_attention"
 _Q_NORM, _K_NORM = f"{_ATTENTION}.q_layernorm.{{p}}", f"{_ATTENTION}.k_layernorm.{{p}}"
+_INPUT_NORM = Rule(f"{LAYER}input_layernorm.{{p}}", NORM_1)
+_MLP_NORM = Rule(f"{LAYER}pre_mlp_layernorm.{{p}}", NORM_2)
 RULES = RuleTable(
     *core_te.BEFORE,
+    *core_te.of_encoder(_INPUT_NORM, _MLP_NORM, *core_te.PLAIN_LAYER),
+    *core_te.AFTER_ENCODER,
     *core_te.with_mtp(
-        Rule(f"{LAYER}input_layernorm.{{p}}", NORM_1),
+        _INPUT_NORM,
         # The norm of latent attention's short queries is called like that of query heads.
         Rule(_Q_NORM, _Q_NORM, unless=LATENT),
         Rule(_Q_NORM, f"{_ATTENTION}.linear_q_up_proj.layer_norm_{{p}}", beside=LATENT),
@@ -24,7 +28,8 @@ RULES = RuleTable(
             f"{_ATTENTION}.linear_kv_up_proj.layer_norm_{{p}}",
         ),
         *core_te.ATTENTION,
-        Rule(f"{LAYER}pre_mlp_layernorm.{{p}}", NORM_2),
+        *core_te.CROSS_ATTENTION,
+        _MLP_NORM,
         *core_te.MLP,
     ),
     *core_te.AFTER,
@@ -58,4 +63,15 @@ MODULES = Modules(
         )
     ),
     bare=frozenset(("output_layer",)),
+)
+_LINEARS = ("linear_proj", "linear_q", "linear_kv")
+_CROSS = tuple(f"cross_attention.{module}" for module in _LINEARS)
+T5_MODULES = Modules(
+    before=core_te.T5_MODULES.before,
+    encoder=MODULES.layer,
+    between=core_te.T5_MODULES.between,
+    layer=(*MODULES.layer[:5], "pre_cross_attn_layernorm", *_CROSS, *MODULES.layer[5:]),
+    after=core_te.T5_MODULES.after,
+    stateful=frozenset((*MODULES.stateful, *_CROSS, "lm_head.output_layer")),
+    bare=frozenset(),
 )

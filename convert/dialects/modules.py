@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
-_LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
+_LAYER = re.compile(r"(encoder|decoder)\.layers\.(\d+)\.")
 _PARAMETERS = ("layer_norm_weight", "layer_norm_bias", "weight", "bias")
 EXTRA_STATE = "_extra_state"
 T = TypeVar("T")
@@ -20,13 +20,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Modules:
-    """The modules of a GPT; those of a layer are named as within the layer.
+    """The modules of a GPT or a T5; those of a layer are named as within the layer.
 
     Attributes:
         before, layer, after: modules in order.
         stateful: those with an `_extra_state`.
         bare: those that have it with or without parameters of their own; distributed checkpoints
             leave their state out.
+        encoder, between: modules of a layer of a T5's encoder, and those after its layers.
     """
 
     before: tuple[str, ...]
@@ -34,6 +35,8 @@ class Modules:
     after: tuple[str, ...]
     stateful: frozenset[str]
     bare: frozenset[str]
+    encoder: tuple[str, ...] = ()
+    between: tuple[str, ...] = ()
 
     def state_dict(self, tensors: Mapping[str, T]) -> dict[str, T | None]:
         """The parameters of a stage in Megatron's order, with None for every `_extra_state`."""
@@ -59,8 +62,16 @@ class Modules:
         ]
 
     def _walk(self, names: Iterable[str]) -> Iterable[tuple[str, str]]:
-        layers = sorted({int(hit[1]) for name in names if (hit := _LAYER.match(name))})
+        found = {(hit[1], int(hit[2])) for name in names if (hit := _LAYER.match(name))}
         yield from (("", module) for module in self.before)
-        for layer in layers:
-            yield from ((f"decoder.layers.{layer}.", module) for module in self.layer)
+        yield from self._layers(found, "encoder", self.encoder)
+        yield from (("", module) for module in self.between)
+        yield from self._layers(found, "decoder", self.layer)
         yield from (("", module) for module in self.after)
+
+    @staticmethod
+    def _layers(
+        found: Collection[tuple[str, int]], stack: str, modules: tuple[str, ...]
+    ) -> Iterable[tuple[str, str]]:
+        for number in sorted(number for name, number in found if name == stack):
+            yield from ((f"{stack}.layers.{number}.", module) for module in modules)

@@ -52,13 +52,17 @@ _STATE = re.compile(
     r"|(?P<rerun>rerun_state_machine_state.*)"
     r"|(?P<extra>.*\._extra_state(/.*)?)"
 )
-_MODEL = re.compile(r"(module\.)?(embedding|encoder|decoder|output_layer|mtp)\b")
+_MODEL = re.compile(
+    r"(module\.)?"
+    r"(embedding|encoder|decoder|output_layer|mtp|lm_head|position_embeddings"
+    r"|(encoder|decoder)_relative_pos_emb)\b"
+)
 # NeMo saves the model within what wraps it.
 _WRAPPER = "module."
 _GATE, _UP = "_w", "_v"
 _KINDS = {"optimizer": "optimizer", "rng": "rng", "rerun": "rerun state", "extra": "_extra_state"}
-_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
-_STACKED = re.compile(r"decoder\.layers\.(?!\d+\.)(.+)")
+_LAYER = re.compile(r"(encoder|decoder)\.layers\.(\d+)\.(.+)")
+_STACKED = re.compile(r"(encoder|decoder)\.layers\.(?!\d+\.)(.+)")
 
 
 def holds_model(folder: str) -> bool:
@@ -272,7 +276,7 @@ def _numbered(name: str, tensor: LazyTensor) -> dict[str, LazyTensor]:
     if not hit:
         return {name: tensor}
     layers = tensor.unstack()
-    return {f"decoder.layers.{layer}.{hit[1]}": part for layer, part in enumerate(layers)}
+    return {f"{hit[1]}.layers.{layer}.{hit[2]}": part for layer, part in enumerate(layers)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -306,7 +310,7 @@ class RankChunks:
 def plan_files(
     folder: str,
     ranks: Iterable[RankChunks],
-    num_layers: int,
+    num_layers: Mapping[str, int],
     common: Mapping[str, object],
     max_file_bytes: int,
 ) -> tuple[tuple[PlannedFile, ...], dict[str, bytes]]:
@@ -315,7 +319,7 @@ def plan_files(
     Args:
         folder: the iteration's, as seen from the output folder.
         ranks: by global rank.
-        num_layers: layers that are stacked.
+        num_layers: layers that are stacked, by `decoder` and `encoder`.
         common: what `common.pt` holds besides its tags.
         max_file_bytes: a rank's file is continued in another beyond this.
 
@@ -379,21 +383,22 @@ def _file_name(rank: int, writer: int) -> str:
     return f"__{rank}_{writer}.distcp"
 
 
-def _stacked(chunk: Chunk, num_layers: int) -> tuple[str, Ints, Ints, Weight]:
+def _stacked(chunk: Chunk, num_layers: Mapping[str, int]) -> tuple[str, Ints, Ints, Weight]:
     """Name, shape, start and part of a chunk within all layers stacked."""
     name, shape, start = chunk.name, chunk.shape, chunk.box[0]
     source = chunk.weight.source
     if hit := _LAYER.fullmatch(name):
-        name = f"decoder.layers.{hit[2]}"
-        shape, start, source = (num_layers, *shape), (int(hit[1]), *start), stack([source])
+        name = f"{hit[1]}.layers.{hit[3]}"
+        shape, start = (num_layers[hit[1]], *shape), (int(hit[2]), *start)
+        source = stack([source])
     label = f"{name} [{', '.join(map(str, start))}]"
     return name, shape, start, Weight(label, source, chunk.weight.dtype)
 
 
-def _object_name(name: str, num_layers: int) -> str:
+def _object_name(name: str, num_layers: Mapping[str, int]) -> str:
     """An object among those of all layers, or the only one of its name."""
     if hit := _LAYER.fullmatch(name):
-        return f"decoder.layers.{hit[2]}/shard_{hit[1]}_{num_layers}"
+        return f"{hit[1]}.layers.{hit[3]}/shard_{hit[2]}_{num_layers[hit[1]]}"
     return f"{name}/shard_0_1"
 
 
@@ -410,7 +415,7 @@ def _size(sizes: Ints) -> Call:
 class _Index:
     """Collects what `.metadata` says: every tensor's chunks, and where each stands."""
 
-    num_layers: int
+    num_layers: Mapping[str, int]
     _objects: list[str] = field(default_factory=list)
     _tensors: dict[str, tuple[Ints, DType]] = field(default_factory=dict)
     _chunks: dict[str, list[object]] = field(default_factory=lambda: defaultdict(list))
