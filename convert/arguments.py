@@ -42,6 +42,7 @@ from .argument_tables import (
 from .dtypes import DType
 from .errors import UnsupportedError, UsageError
 from .sizes import Sizes, read_shapes
+from .t5_arguments import Shapes, is_t5, t5_fields
 
 _UNTIED = "untie_embeddings_and_output_weights"
 _EMBEDDING_NORM_EPSILON = 1e-5
@@ -50,7 +51,11 @@ OWN = "mtt"
 
 
 def architecture_from_args(
-    args: Arguments, *, overrides: Arguments = NOTHING, legacy: bool | None = None
+    args: Arguments,
+    *,
+    overrides: Arguments = NOTHING,
+    legacy: bool | None = None,
+    shapes: Shapes | None = None,
 ) -> Architecture:
     """The architecture a checkpoint's arguments describe.
 
@@ -59,8 +64,11 @@ def architecture_from_args(
         overrides: what the user says instead, under Megatron-LM's names.
         legacy: whether the model is Megatron-LM's own GPT (up to core_v0.17) and not
             Megatron-Core's; None reads it from the arguments.
+        shapes: canonical name -> shape of the whole tensor, where a checkpoint is at hand: of a T5
+            tensors say what arguments do not.
 
     Raises:
+        IncompleteError: a T5 has not the layers that the arguments say.
         UnsupportedError: an argument that changes the forward pass has a value mtt cannot
             represent, or sizes contradict each other; all such arguments are named.
         UsageError: a needed argument is missing, cannot be trusted, or an override is not one.
@@ -73,13 +81,16 @@ def architecture_from_args(
     _require(a)
     if legacy is None:
         legacy = _is_legacy(a)
-    kind = _position_embedding_type(a)
+    has_encoder = is_t5(a, shapes)
+    kind = _position_embedding_type(a, has_encoder)
     activation, gated = _activation(a, legacy)
     biases = _or(a, "add_bias_linear", True)  # an argument since 2023-04
     hidden, heads = a["hidden_size"], a["num_attention_heads"]
     assert isinstance(hidden, int) and isinstance(heads, int)
+    if kind == "rope" and has_encoder:
+        _ask_t5_rotary(a, said)
     rotary = _rotary(a, said, legacy) if kind == "rope" else {}
-    return _build(
+    fields = dict(
         num_layers=a["num_layers"],
         hidden_size=hidden,
         ffn_hidden_size=_or(a, "ffn_hidden_size", _default_ffn(hidden, gated)),
@@ -108,6 +119,9 @@ def architecture_from_args(
         init_method_std=_or(a, "init_method_std", 0.02),
         params_dtype=_params_dtype(a),
     )
+    if has_encoder:
+        fields |= t5_fields(a, legacy, shapes)
+    return _build(**fields)
 
 
 def _build(**fields: object) -> Architecture:
@@ -277,7 +291,7 @@ def _is_legacy(a: Arguments) -> bool:
     return "deprecated_use_mcore_models" not in a
 
 
-def _position_embedding_type(a: Arguments) -> str:
+def _position_embedding_type(a: Arguments, has_encoder: bool) -> str:
     rotary = a.get("use_rotary_position_embeddings") is True
     kind = a.get("position_embedding_type")
     if kind is None:  # before core_v0.4, and Megatron-DeepSpeed
@@ -292,14 +306,24 @@ def _position_embedding_type(a: Arguments) -> str:
         return "rope" if rotary else "learned_absolute" if learned else "none"
     if rotary:  # validate_args, training/arguments.py
         return "rope"
-    if str(kind) not in POSITIONS:
+    if str(kind) not in POSITIONS or (kind == "relative" and not has_encoder):
         raise UnsupportedError(
-            "mtt does not know these positions (relative, YaRN and multimodal ones among them)",
+            "mtt does not know these positions (YaRN, multimodal, relative in a GPT among them)",
             found=f"position_embedding_type = {_show(kind)}",
             expected="learned_absolute, rope, alibi or none",
             fix="if it is one of these under another name, --set position_embedding_type=rope",
         )
     return POSITIONS[str(kind)]
+
+
+def _ask_t5_rotary(a: Arguments, said: Arguments) -> None:
+    """Ask about rotary arguments that no T5 of Megatron takes (T5Model, models/T5/t5_model.py)."""
+    who = "Megatron's T5 ignores"
+    for name, used in (("rotary_base", 10000), ("rotary_seq_len_interpolation_factor", 1)):
+        if _number(a, name, used) != used and name not in said:
+            raise _ask(a, name, used, who)
+    if a.get("use_rope_scaling") is True and "use_rope_scaling" not in said:
+        raise _ask(a, "use_rope_scaling", False, who)
 
 
 def _rotary(a: Arguments, said: Arguments, legacy: bool) -> dict[str, object]:

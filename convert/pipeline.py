@@ -17,6 +17,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypedDict, Unpack
 
 from . import (
@@ -166,11 +167,12 @@ def _architecture(
         return architecture_from_shapes(shapes, overrides, may_lack_head=raw.may_lack_head)
     if rows and not isinstance(raw.args.get("padded_vocab_size"), int):
         overrides = {"padded_vocab_size": rows, **overrides}
-    first = architecture_from_args(raw.args, overrides=overrides, legacy=legacy)
+    read = partial(architecture_from_args, overrides=overrides, legacy=legacy, shapes=dict(shapes))
+    first = read(raw.args)
     for shard in raw.shards:
         if shard.args is None or shard.args is raw.args:
             continue
-        other = architecture_from_args(shard.args, overrides=overrides, legacy=legacy)
+        other = read(shard.args)
         if other != first:
             names = [n for n in first.__dataclass_fields__ if _value(first, n) != _value(other, n)]
             raise InconsistentError(
