@@ -39,7 +39,7 @@ from .attention_mtt import eager_attention_forward, pack_rows
 from .cache_mtt import growing_cache, let_grow
 from .configuration_seq2seq_mtt import MTTSeq2SeqConfig
 from .linear_mtt import build_linear, project
-from .modeling_mtt import (
+from .modeling_mtt import (  # type: ignore[attr-defined]
     ALIBI_IMPLEMENTATIONS,
     MTTMLP,
     MTTAttention,
@@ -63,15 +63,12 @@ class MTTSeq2SeqSelfAttention(MTTAttention):
         self.is_causal = is_causal
 
     def forward(
-        self,
-        hidden_states: torch.Tensor,
-        position_bias: torch.Tensor | None = None,
-        **kwargs: Any,
+        self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attend; `position_bias` is `[1, heads, queries, keys]`, of the heads of all processes."""
-        if position_bias is not None:
-            kwargs["position_bias"] = self._own_heads(position_bias, len(hidden_states))
-        return super().forward(hidden_states, **kwargs)
+        if kwargs.get("position_bias") is not None:
+            kwargs["position_bias"] = self._own_heads(kwargs["position_bias"], len(hidden_states))
+        return super().forward(hidden_states, *args, **kwargs)
 
     def _own_heads(self, position_bias: torch.Tensor, batch_size: int) -> torch.Tensor:
         weight: Any = self.q_proj.weight
@@ -91,7 +88,7 @@ class MTTCrossAttention(MTTAttention):
         self.is_causal = False
         self.q_norm = self.k_norm = None
 
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         hidden_states: torch.Tensor,
         encoder_hidden_states: torch.Tensor,
@@ -185,7 +182,7 @@ class MTTCrossDecoderLayer(MTTEncoderLayer):
         self.cross_attn = MTTCrossAttention(config, layer_idx)
         self.cross_attn_layernorm = build_norm(config, config.hidden_size)
 
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         hidden_states: torch.Tensor,
         position_bias: torch.Tensor | None,
@@ -225,7 +222,7 @@ class MTTSeq2SeqPreTrainedModel(MTTPreTrainedModel):
     _no_split_modules = ["MTTEncoderLayer", "MTTCrossDecoderLayer"]
     # What vLLM and SGLang ask for: neither has encoder-decoders.
     _supports_attention_backend = False
-    _can_record_outputs = None
+    _can_record_outputs: dict[str, Any] = {}
 
     def _check_and_adjust_attn_implementation(
         self, attn_implementation: str | None, *args: Any, **kwargs: Any
@@ -278,7 +275,7 @@ class MTTSeq2SeqStack(MTTSeq2SeqPreTrainedModel):
 
     def __init__(self, config: MTTSeq2SeqConfig, layers: list[MTTEncoderLayer]) -> None:
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens: nn.Module = nn.Embedding(config.vocab_size, config.hidden_size)
         self.embed_positions = self.relative_attention_bias = self.rotary_emb = None
         if config.position_embedding_type == "learned":
             self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
@@ -297,7 +294,7 @@ class MTTSeq2SeqStack(MTTSeq2SeqPreTrainedModel):
 
         self.post_init()
         # The model's plan names what both stacks have.
-        self._tp_plan = {}
+        self._tp_plan: dict[str, str] = {}
 
     def _look_up(
         self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, prefix: str = ""
@@ -331,7 +328,8 @@ class MTTSeq2SeqStack(MTTSeq2SeqPreTrainedModel):
             hidden_states = hidden_states + self.embed_positions(positions)
         if self.relative_attention_bias is not None:
             num_keys = num_tokens if cache is None else cache.get_mask_sizes(num_tokens, 0)[0]
-            bias = self.relative_attention_bias(positions, num_keys)
+            keys = torch.arange(num_keys, device=positions.device)
+            bias = self.relative_attention_bias(keys - positions[:, None])
         if self.rotary_emb is not None:
             cos, sin = self.rotary_emb(hidden_states, position_ids=positions.unsqueeze(0))
             rotation = rotation_of_heads(cos, sin, self.config.rope_interleave)
@@ -365,19 +363,19 @@ class MTTEncoder(MTTSeq2SeqStack):
     @capture_outputs
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutput:
         """Compute the states that the decoder attends to.
 
         Args:
-            input_ids (`torch.LongTensor`, *optional*):
+            input_ids (`torch.Tensor`, *optional*):
                 Token ids, `[batch, sequence]`.
             attention_mask (`torch.Tensor`, *optional*):
                 1 where there is a token and 0 where there is padding, `[batch, sequence]`.
-            inputs_embeds (`torch.FloatTensor`, *optional*):
+            inputs_embeds (`torch.Tensor`, *optional*):
                 Token embeddings in place of `input_ids`, `[batch, sequence, hidden_size]`.
             **kwargs:
                 Passed down to the attention implementation.
@@ -424,19 +422,19 @@ class MTTDecoder(MTTSeq2SeqStack):
     @capture_outputs
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         encoder_hidden_states: torch.Tensor | None = None,
         encoder_attention_mask: torch.Tensor | None = None,
         past_key_values: EncoderDecoderCache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPastAndCrossAttentions:
         """Compute the states that the head turns into logits.
 
         Args:
-            input_ids (`torch.LongTensor`, *optional*):
+            input_ids (`torch.Tensor`, *optional*):
                 Token ids, `[batch, sequence]`.
             attention_mask (`torch.Tensor`, *optional*):
                 1 where there is a token and 0 where there is padding, `[batch, past + sequence]`;
@@ -448,7 +446,7 @@ class MTTDecoder(MTTSeq2SeqStack):
                 1 where there is a token and 0 where there is padding, `[batch, keys]`.
             past_key_values (`EncoderDecoderCache`, *optional*):
                 Keys and values of earlier calls, and of the encoder's states. Changed in place.
-            inputs_embeds (`torch.FloatTensor`, *optional*):
+            inputs_embeds (`torch.Tensor`, *optional*):
                 Token embeddings in place of `input_ids`, `[batch, sequence, hidden_size]`.
             use_cache (`bool`, *optional*):
                 Whether to start a cache if none is given.
@@ -526,7 +524,7 @@ class MTTSeq2SeqModel(MTTSeq2SeqPreTrainedModel):
 
     def __init__(self, config: MTTSeq2SeqConfig) -> None:
         super().__init__(config)
-        self.shared = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.shared: nn.Module = nn.Embedding(config.vocab_size, config.hidden_size)
         self.embed_positions = None
         if config.position_embedding_type == "learned":
             self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
@@ -555,26 +553,26 @@ class MTTSeq2SeqModel(MTTSeq2SeqPreTrainedModel):
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        decoder_input_ids: torch.LongTensor | None = None,
+        decoder_input_ids: torch.Tensor | None = None,
         decoder_attention_mask: torch.Tensor | None = None,
         encoder_outputs: BaseModelOutput | tuple | None = None,
         past_key_values: EncoderDecoderCache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        decoder_inputs_embeds: torch.FloatTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        decoder_inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> Seq2SeqModelOutput:
         """Read a text and compute the decoder's states.
 
         Args:
-            input_ids (`torch.LongTensor`, *optional*):
+            input_ids (`torch.Tensor`, *optional*):
                 Token ids of the text to read, `[batch, source]`.
             attention_mask (`torch.Tensor`, *optional*):
                 1 where there is a token and 0 where there is padding, `[batch, source]`. Positions
                 count padding: with learned ones, it belongs on the right.
-            decoder_input_ids (`torch.LongTensor`, *optional*):
+            decoder_input_ids (`torch.Tensor`, *optional*):
                 Token ids of the text to write, `[batch, target]`, one to the right of the labels.
             decoder_attention_mask (`torch.Tensor`, *optional*):
                 As `attention_mask`, `[batch, past + target]`. Later tokens are never seen.
@@ -582,9 +580,9 @@ class MTTSeq2SeqModel(MTTSeq2SeqPreTrainedModel):
                 What the encoder returned of `input_ids`, which are not read again then.
             past_key_values (`EncoderDecoderCache`, *optional*):
                 Keys and values of earlier calls. Changed in place.
-            inputs_embeds (`torch.FloatTensor`, *optional*):
+            inputs_embeds (`torch.Tensor`, *optional*):
                 Token embeddings in place of `input_ids`, `[batch, source, hidden_size]`.
-            decoder_inputs_embeds (`torch.FloatTensor`, *optional*):
+            decoder_inputs_embeds (`torch.Tensor`, *optional*):
                 Token embeddings in place of `decoder_input_ids`, `[batch, target, hidden_size]`.
             use_cache (`bool`, *optional*):
                 Whether to start a cache if none is given.
@@ -607,6 +605,7 @@ class MTTSeq2SeqModel(MTTSeq2SeqPreTrainedModel):
             )
         elif not isinstance(encoder_outputs, BaseModelOutput):
             encoder_outputs = BaseModelOutput(*encoder_outputs)
+        assert isinstance(encoder_outputs, BaseModelOutput)
 
         decoder_outputs = self.decoder(
             input_ids=decoder_input_ids,
@@ -648,15 +647,15 @@ class MTTForConditionalGeneration(MTTSeq2SeqPreTrainedModel, GenerationMixin):
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        decoder_input_ids: torch.LongTensor | None = None,
+        decoder_input_ids: torch.Tensor | None = None,
         decoder_attention_mask: torch.Tensor | None = None,
         encoder_outputs: BaseModelOutput | tuple | None = None,
         past_key_values: EncoderDecoderCache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        decoder_inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        decoder_inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Unpack[TransformersKwargs],
@@ -666,7 +665,7 @@ class MTTForConditionalGeneration(MTTSeq2SeqPreTrainedModel, GenerationMixin):
         Arguments not listed here are those of `MTTSeq2SeqModel.forward`.
 
         Args:
-            labels (`torch.LongTensor`, *optional*):
+            labels (`torch.Tensor`, *optional*):
                 Token ids `[batch, target]` to write, -100 where there is nothing to. They become
                 `decoder_input_ids`, one to the right, unless those are given.
             logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0):

@@ -62,19 +62,15 @@ class MTTRelativePositionBias(nn.Embedding):
         self.max_distance = max_distance
         self.bidirectional = bidirectional
 
-    def forward(self, positions: torch.Tensor, num_keys: int) -> torch.Tensor:
-        """Return what is added to the scores of these queries.
+    def forward(self, distances: torch.Tensor) -> torch.Tensor:
+        """Return what is added to scores, `[1, heads, queries, keys]`.
 
         Args:
-            positions (`torch.Tensor`): of the queries, `[queries]`.
-            num_keys (`int`): keys, at positions from 0 on.
-
-        Returns:
-            `[1, heads, queries, keys]`.
+            distances (`torch.Tensor`): how many tokens a key lies after a query,
+                `[queries, keys]`.
         """
-        keys = torch.arange(num_keys, device=positions.device)
         buckets = relative_buckets(
-            keys - positions[:, None], self.num_embeddings, self.max_distance, self.bidirectional
+            distances, self.num_embeddings, self.max_distance, self.bidirectional
         )
         return super().forward(buckets).permute(2, 0, 1).unsqueeze(0)
 
