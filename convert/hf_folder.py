@@ -24,6 +24,8 @@ from .plan import ConversionPlan, parse_size
 from .tokenizer import Tokenizer
 
 AUTO, DEFAULT = "auto", "mtt"
+# The family of each kind of model that computes all of them.
+_DEFAULTS = {"gpt": DEFAULT, "t5": "mtt_seq2seq"}
 
 
 def plan_conversion(
@@ -66,7 +68,9 @@ def plan_conversion(
     fields = family.config(architecture)
     stored = main_dtype(tensors) if dtype == "auto" else dtype
     count = sum(tensor.num_elements for tensor in tensors.values())
-    tokens = special_tokens(words, checkpoint.config or stored_tokens(checkpoint))
+    tokens = special_tokens(
+        words, checkpoint.config or stored_tokens(checkpoint), architecture.kind
+    )
     documents = {
         **modeling_files(family),
         **words.files,
@@ -100,10 +104,13 @@ def _family(model_type: str, architecture: Architecture, exact: tuple[str, ...])
     Raises:
         UsageError: the one asked for does not compute the same function.
     """
+    default = _DEFAULTS.get(architecture.kind, DEFAULT)
+    if model_type == DEFAULT:
+        model_type = default
     if model_type == AUTO:
         able = [FAMILIES[name] for name in exact]
         able = [f for f in able if f.has_tp_plan and f.has_attention_backends]
-        return able[0] if able else FAMILIES[DEFAULT]
+        return able[0] if able else FAMILIES[default]
     family = FAMILIES[model_type]
     misfits = () if family.code else family.misfits(architecture)
     if misfits:
@@ -111,7 +118,7 @@ def _family(model_type: str, architecture: Architecture, exact: tuple[str, ...])
             f"this model is not exactly a {model_type}; nothing was written",
             found="; ".join(misfits),
             expected=f"what {family.causal_lm} computes",
-            fix=f"--model-type {exact[0] if exact else DEFAULT}, which computes exactly the same",
+            fix=f"--model-type {exact[0] if exact else default}, which computes exactly the same",
         )
     return family
 

@@ -119,7 +119,9 @@ def plan_conversion(
     warnings = list(checkpoint.warnings)
     words = choose_tokenizer(checkpoint, tokenizer)
     true_size = true_vocabulary(checkpoint, words, vocab_padding, warnings)
-    tokens = special_tokens(words, checkpoint.config or stored_tokens(checkpoint))
+    tokens = special_tokens(
+        words, checkpoint.config or stored_tokens(checkpoint), checkpoint.architecture.kind
+    )
     rows = stored_rows(checkpoint)
     needed = rows if vocab_padding == "keep" or true_size is None else true_size
     padded = target.padded_vocab_size(needed)

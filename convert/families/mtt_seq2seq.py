@@ -7,9 +7,10 @@ Every linear layer has a bias or none has, and a tied head has one too, as Megat
 from __future__ import annotations
 
 from ..architecture import Architecture
+from ..argument_tables import Neutral
 from ..mapping import Rule, RuleTable
 from ..ops import SplitGated, SplitKV, SplitQKV, TrimVocab
-from .family import Family, Limit
+from .family import Family
 from .fields import Choice, Rope, Same, Vocabulary, head_size
 
 _SELF = "self_attention"
@@ -85,10 +86,11 @@ FAMILY = Family(
     causal_lm="MTTForConditionalGeneration",
     base_model="MTTSeq2SeqModel",
     prefix="model.",
+    kind="t5",
     auto_map={
-        "AutoConfig": "configuration_mtt_seq2seq.MTTSeq2SeqConfig",
-        "AutoModel": "modeling_mtt_seq2seq.MTTSeq2SeqModel",
-        "AutoModelForSeq2SeqLM": "modeling_mtt_seq2seq.MTTForConditionalGeneration",
+        "AutoConfig": "configuration_seq2seq_mtt.MTTSeq2SeqConfig",
+        "AutoModel": "modeling_seq2seq_mtt.MTTSeq2SeqModel",
+        "AutoModelForSeq2SeqLM": "modeling_seq2seq_mtt.MTTForConditionalGeneration",
     },
     code="modeling_mtt",
     auto_class="AutoModelForSeq2SeqLM",
@@ -142,6 +144,28 @@ FAMILY = Family(
         Same("initializer_range", "init_method_std"),
     ),
     fixed={"kind": "t5"},
-    defaults={},
-    limits=(Limit("kind = a model without an encoder", lambda a: a.kind == "t5"),),
+    defaults={
+        "hidden_act": "gelu_pytorch_tanh",
+        "gated_mlp": False,
+        "norm_type": "layernorm",
+        "norm_eps": 1e-5,
+        "zero_centered_norm": False,
+        "final_norm": True,
+        "position_embedding_type": "learned",
+        "relative_attention_num_buckets": 32,
+        "relative_attention_max_distance": 128,
+        "rope_interleave": False,
+        "attention_bias": True,
+        "attention_out_bias": True,
+        "mlp_bias": True,
+        "lm_head_bias": True,
+        "use_qk_norm": False,
+        "tie_word_embeddings": True,
+        "attention_dropout": 0.1,
+        "hidden_dropout": 0.1,
+        "initializer_range": 0.02,
+    },
+    neutral={
+        "attention_multiplier": Neutral("attention scores scaled by another number", (None,)),
+    },
 )
