@@ -48,8 +48,9 @@ from .megatron_args import (
     precision_arguments,
 )
 from .ops import resize_rows
-from .parameters import VOCABULARY
+from .parameters import COPIES, VOCABULARY
 from .plan import ConversionPlan, parse_size
+from .t5_arguments import writable_impl
 from .tensors import LazyTensor
 from .tokenizer import Tokenizer
 from .version import __version__
@@ -111,7 +112,9 @@ def plan_conversion(
     target = Target(
         format=to,
         layout=Layout(tp, pp, 1 if vpp is None else vpp, ep),
-        transformer_impl=transformer_impl or _source_impl(checkpoint),
+        transformer_impl=writable_impl(
+            checkpoint.architecture, transformer_impl, _source_impl(checkpoint)
+        ),
         make_vocab_size_divisible_by=make_vocab_size_divisible_by or _source_divisor(checkpoint),
         pipeline_layout=pipeline_model_parallel_layout,
     )
@@ -147,7 +150,7 @@ def plan_conversion(
         files, documents = megatron_torch_dist.plan_files(
             folder,
             writer.chunks(),
-            architecture.num_layers,
+            {"encoder": architecture.encoder_num_layers, "decoder": architecture.num_layers},
             writer.common(iteration),
             parse_size(max_shard_size),
         )
@@ -213,7 +216,7 @@ def _arguments(
     """Megatron's arguments, but for those of the layout."""
     args = carried_arguments(checkpoint.args)
     args |= model_arguments(architecture)
-    args |= precision_arguments(dtype, checkpoint.args.get("seq_length"), architecture)
+    args |= precision_arguments(dtype, checkpoint.args, architecture)
     if words.files:
         args |= {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": _TOKENIZER}
         args |= {"vocab_file": None, "merge_file": None}
@@ -242,7 +245,8 @@ class _Writer:
         self._tensors, self._args, self._dtype = tensors, args, dtype
         dialect = WRITABLE[target.transformer_impl]
         self._names: RuleTable = dialect.RULES.inverse
-        self._modules: Modules = dialect.MODULES
+        is_t5 = architecture.kind == "t5"
+        self._modules: Modules = dialect.T5_MODULES if is_t5 else dialect.MODULES
 
     def arguments(self, rank: int) -> dict[str, object]:
         """The arguments that a rank stores."""
@@ -280,7 +284,17 @@ class _Writer:
         tied = not self._architecture.untie_embeddings_and_output_weights
         if tied and stage.last and stage.pp > 0:
             held.append((topology.TIED_HEAD, self._tensors[topology.EMBEDDING]))
-        return held
+        return held + [(name, self._whole(name)) for name in self._copies]
+
+    @property
+    def _copies(self) -> list[str]:
+        """The names under which a T5 has parameters once more."""
+        if self._architecture.kind != "t5":
+            return []
+        return [name for name, original in COPIES.items() if original in self._tensors]
+
+    def _whole(self, name: str) -> LazyTensor:
+        return self._tensors[COPIES.get(name, name)]
 
     def chunks(self) -> list[RankChunks]:
         """For `torch_dist`: what every rank writes of the global tensors."""
@@ -295,7 +309,7 @@ class _Writer:
         for stage in self._stages:
             if stage.pp != pp:
                 continue
-            names = topology.stage_names(self._tensors, stage)
+            names = topology.stage_names(self._tensors, stage) + self._copies
             for name in names:
                 if rank == 0 or topology.is_split(name):
                     chunks += self._chunks(name, rank)
@@ -304,7 +318,7 @@ class _Writer:
         return RankChunks(tuple(chunks), tuple(objects))
 
     def _chunks(self, name: str, rank: int) -> list[Chunk]:
-        tensor, tp = self._tensors[name], self._target.layout.tp
+        tensor, tp = self._whole(name), self._target.layout.tp
         return [
             Chunk(name, tensor.shape, box, self._weight(name, tensor.part(box)))
             for box in topology.boxes(name, tensor.shape, self._architecture, tp, rank)

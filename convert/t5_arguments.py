@@ -16,8 +16,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
+from .architecture import Architecture
 from .argument_tables import Arguments
-from .errors import IncompleteError, UnsupportedError
+from .errors import IncompleteError, LayoutError, UnsupportedError, UsageError
 
 Shapes = Mapping[str, tuple[int, ...]]
 _LAYER = re.compile(r"(encoder|decoder)\.layers\.(\d+)\.")
@@ -86,3 +87,104 @@ def _layers(a: Arguments, stack: str, shapes: Shapes | None) -> object:
 def _or(a: Arguments, name: str, default: object) -> object:
     value = a.get(name)
     return default if value is None else value
+
+
+def stored_layers(a: Architecture) -> dict[str, object]:
+    """The arguments for numbers of layers; of a GPT they are what validate_args makes of one."""
+    t5 = a.kind == "t5"
+    return {
+        "num_layers": a.encoder_num_layers if t5 else a.num_layers,
+        "encoder_num_layers": a.encoder_num_layers if t5 else a.num_layers,
+        "decoder_num_layers": a.num_layers if t5 else None,
+    }
+
+
+def sequence_arguments(args: Arguments, seq_length: int, a: Architecture) -> dict[str, object]:
+    """The arguments for lengths of texts, from those of the source where it has them."""
+    length = args.get("decoder_seq_length")
+    if a.kind != "t5":
+        length = None
+    elif not isinstance(length, int):
+        length = a.max_position_embeddings
+    return {"encoder_seq_length": seq_length, "decoder_seq_length": length}
+
+
+def writable_impl(a: Architecture, asked: str | None, source: str) -> str:
+    """The `transformer_impl` that a model is written for.
+
+    Args:
+        a: the model.
+        asked: what the user wants, if that was said.
+        source: the checkpoint's, or Megatron's default.
+
+    Raises:
+        UnsupportedError: neither computes this T5.
+        UsageError: the one asked for does not.
+    """
+    if a.kind != "t5":
+        return asked or source
+    reasons = {}
+    if not a.final_layernorm:
+        reasons["transformer_engine"] = "norms after the last layers, which this model has not"
+    if a.position_embedding_type == "relative":
+        reasons["local"] = "no relative positions"
+    able = [name for name in ("transformer_engine", "local") if name not in reasons]
+    if not able:
+        raise UnsupportedError(
+            "no T5 of Megatron-Core computes this model; nothing was written",
+            found="relative positions, and no norms after the last layers",
+            expected="relative positions with Transformer Engine, whose T5 has norms there",
+            fix="convert it with --to hf",
+        )
+    if asked in reasons:
+        raise UsageError(
+            f"a T5 of --transformer-impl {asked} does not compute this model; nothing was written",
+            found=f"--transformer-impl {asked}: {reasons[asked]}",
+            expected=able[0],
+            fix=f"--transformer-impl {able[0]}, or leave it out",
+        )
+    return asked or (source if source in able else able[0])
+
+
+def check_writable(a: Architecture) -> None:
+    """Raise UnsupportedError for a T5 that T5Model has no arguments for."""
+    if a.kind != "t5":
+        return
+    limits = {
+        "num_query_groups": (a.num_attention_heads, "cross attention has no query groups"),
+        "rotary_base": (10000.0, "takes no rotary base"),
+        "rope_scaling_factor": (None, "takes no scaling of rotary positions"),
+        "rotary_seq_len_interpolation_factor": (None, "takes no scaling of rotary positions"),
+        "qk_layernorm": (False, "has no norms of queries and keys"),
+    }
+    odd = {n: limit for n, limit in limits.items() if getattr(a, n) != limit[0]}
+    if odd:
+        raise UnsupportedError(
+            "Megatron-Core's T5 does not compute this model; nothing was written",
+            found="; ".join(f"{n} = {getattr(a, n)} (it {why})" for n, (_, why) in odd.items()),
+            expected="; ".join(f"{n} = {value}" for n, (value, _) in odd.items()),
+            fix="convert it with --to hf, which can represent it",
+        )
+
+
+def check_stages(a: Architecture, pp: int, vpp: int, pipeline_layout: str | None) -> None:
+    """Raise LayoutError for a T5 in a pipeline, which Megatron-LM has not since core_v0.14."""
+    if a.kind == "t5" and (pp > 1 or vpp > 1 or pipeline_layout is not None):
+        given = f"--pipeline-model-parallel-layout {pipeline_layout}"
+        raise LayoutError(
+            "Megatron-LM does not train a T5 in a pipeline; nothing was written",
+            found=f"--pp {pp}" if pipeline_layout is None else given,
+            expected="--pp 1 (pretrain_t5.py refuses more)",
+            fix="leave it out; --tp divides every layer",
+        )
+
+
+def ignored_by_trainer(a: Architecture) -> list[str]:
+    """A warning where Megatron-LM's own training script would build another model."""
+    if a.kind != "t5" or a.num_layers == a.encoder_num_layers:
+        return []
+    return [
+        f"Megatron-LM's pretrain_t5.py gives the decoder as many layers as the encoder "
+        f"({a.encoder_num_layers}), and this one has {a.num_layers}: train with a script that "
+        "passes decoder_num_layers to the model"
+    ]
