@@ -49,7 +49,7 @@ def special_tokens(
         kind: of the model; the decoder of a `t5` begins with a token that the encoder never sees,
             which is that for a beginning (T5MaskedWordPieceDataset in core/datasets/t5_dataset.py).
     """
-    tokens = {
+    tokens: dict[str, object] = {
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,

@@ -144,18 +144,18 @@ def from_megatron(
     if distributed:
         model.to(device)  # buffers
     model.generation_config = GenerationConfig(**generation_config(conversion.tokens))
-    model.eval()
-    return model
+    loaded: MTTForCausalLM | MTTForConditionalGeneration = model.eval()
+    return loaded
 
 
 def _classes(model_type: str) -> tuple[Any, Any]:
     """Configuration and model of one of our families."""
     import modeling_mtt as m
 
-    return {
-        "mtt": (m.MTTConfig, m.MTTForCausalLM),
-        "mtt_seq2seq": (m.MTTSeq2SeqConfig, m.MTTForConditionalGeneration),
-    }[model_type]
+    if model_type == "mtt_seq2seq":
+        return m.MTTSeq2SeqConfig, m.MTTForConditionalGeneration
+    assert model_type == "mtt", model_type
+    return m.MTTConfig, m.MTTForCausalLM
 
 
 def _check_keywords(kwargs: Mapping[str, object], *classes: Any) -> None:

@@ -115,8 +115,8 @@ def compare_logits(path: str | os.PathLike[str], reference: str | os.PathLike[st
         logits = seq2seq.logits(model, arrays).float().numpy()
     else:
         with torch.no_grad():
-            ids = torch.from_numpy(arrays[_IDS].astype(np.int64))
-            logits = model(ids).logits.float().numpy()
+            tokens = torch.from_numpy(arrays[_IDS].astype(np.int64))
+            logits = model(tokens).logits.float().numpy()
     size = min(logits.shape[-1], wanted.shape[-1])
     return float(np.abs(logits[..., :size] - wanted[..., :size]).max())
 

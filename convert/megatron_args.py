@@ -12,6 +12,7 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from . import tokenizer_wordpiece as wordpiece
 from .architecture import Architecture
 from .argument_tables import FOREIGN, NEUTRAL, RENAMED, SETTINGS
 from .arguments import OWN, architecture_from_args, is_neutral
@@ -325,7 +326,12 @@ def launch_script(
         version: mtt's.
     """
     flags = quoted_flags(launch_flags(args))
-    if tokenizer_folder is not None:
+    if tokenizer_folder is not None and args["tokenizer_type"] in wordpiece.CASES:
+        flags.append(
+            f'--tokenizer-type {args["tokenizer_type"]} --vocab-file "$HERE/{args["vocab_file"]}" '
+            f"--vocab-extra-ids {args['vocab_extra_ids']}"
+        )
+    elif tokenizer_folder is not None:
         flags.append(
             f'--tokenizer-type HuggingFaceTokenizer --tokenizer-model "$HERE/{tokenizer_folder}"'
         )

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+from . import tokenizer_wordpiece as wordpiece
 from . import topology
 from .architecture import Architecture
 from .arguments import OWN
@@ -220,6 +221,8 @@ def _arguments(
     if words.files:
         args |= {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": _TOKENIZER}
         args |= {"vocab_file": None, "merge_file": None}
+        if own := wordpiece.megatron_arguments(words.files):
+            args |= {**own, "vocab_file": f"{_TOKENIZER}/{wordpiece.FILE}"}
     return args
 
 

@@ -9,8 +9,8 @@ that have any) or `error`.
 
 The model is built from the checkpoint's own `args`, as `core_transformer_config_from_args` and
 `gpt_builder` or pretrain_t5.py do; only the parallel sizes are the case's, and `final_layernorm`:
-whether the blocks of a T5 end with a norm, as they do where Transformer Engine is installed. Every parameter starts as NaN, so one
-that is not loaded shows in the logits.
+whether the blocks of a T5 end with a norm, as they do where Transformer Engine is installed.
+Every parameter starts as NaN, so one that is not loaded shows in the logits.
 """
 
 from __future__ import annotations
