@@ -99,7 +99,8 @@ def open_checkpoint(
     if raw.args is None and dialect.has_tied_copy(names):
         overrides = {"untie_embeddings_and_output_weights": False, **overrides}
     tp = 1 + max(shard.tp for shard in shards)
-    held = topology.holders(topology.number_layers(shards))
+    numbered, idle = topology.without_idle_heads(topology.number_layers(shards))
+    held = topology.holders(numbered)
     shapes = topology.joined_shapes(held, tp)
     notes: tuple[str, ...] = ()
     if dialect.arguments:
@@ -114,7 +115,12 @@ def open_checkpoint(
     tensors, copies = topology.join(held, tp, architecture, dialect.summed)
     parameters.check_complete({n: t.shape for n, t in tensors.items()}, architecture)
     tied = topology.TIED_HEAD in held and topology.TIED_HEAD not in tensors
-    dropped = dict(raw.dropped) | ({"tied copy": (topology.TIED_HEAD,)} if tied else {})
+    left_out = {
+        "tied copy": (topology.TIED_HEAD,) if tied else (),
+        "second name": tuple(name for name in held if name in parameters.COPIES),
+        "idle head": idle,
+    }
+    dropped = dict(raw.dropped) | {kind: found for kind, found in left_out.items() if found}
     generation, shown = dialect.generation(names)
     return Checkpoint(
         format=raw.format,

@@ -27,6 +27,7 @@ from .tensors import SUM, SUM_OF_PARTS, LazyTensor, combined, concat
 
 _LAYER = re.compile(r"(?<=^(?:en|de)coder\.layers\.)(\d+)(?=\.)")
 _STACKS = ("encoder", "decoder")
+_HEAD = re.compile(r"(lm_head\.)?output_layer\.")
 EMBEDDING, TIED_HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
 Held = Mapping[str, Sequence[Shard]]
 
@@ -79,6 +80,23 @@ def _shifted(shard: Shard, offsets: Mapping[str, int]) -> Shard:
         return _LAYER.sub(lambda hit: str(int(hit[1]) + offset), name)
 
     return replace(shard, tensors={renumbered(n): tensor for n, tensor in shard.tensors.items()})
+
+
+def without_idle_heads(shards: Iterable[Shard]) -> tuple[tuple[Shard, ...], tuple[str, ...]]:
+    """Leave out the heads that stages of an encoder have, and the names of what was left out.
+
+    Megatron-Core v0.9 to v0.13 built one at the end of a T5's encoder too, where no loss reaches it
+    (get_model in training/training.py and T5Model.__init__ in core/models/T5/t5_model.py).
+    """
+    kept, dropped = [], set()
+    for shard in shards:
+        names = list(shard.tensors)
+        stacks = {name[: len(_STACKS[0])] for name in names if _LAYER.search(name)}
+        idle = {name for name in names if stacks == {"encoder"} and _HEAD.match(name)}
+        dropped |= idle
+        tensors = {n: tensor for n, tensor in shard.tensors.items() if n not in idle}
+        kept.append(replace(shard, tensors=tensors))
+    return tuple(kept), tuple(sorted(dropped))
 
 
 def holders(shards: Iterable[Shard]) -> dict[str, list[Shard]]:
