@@ -1,10 +1,10 @@
 """Which layers have experts, and what shared ones are, in the words of classes of transformers.
 
-    AllLayers()       every layer
-    FirstDense()      all but the first few
-    SparseSteps()     every n-th, but those in a list
-    SharedExperts()   an MLP as wide as a whole number of experts
-    BestTwo()         groups of experts, judged by the best two of each
+AllLayers()       every layer
+FirstDense()      all but the first few
+SparseSteps()     every n-th, but those in a list
+SharedExperts()   an MLP as wide as a whole number of experts
+BestTwo()         groups of experts, judged by the best two of each
 """
 
 from __future__ import annotations
