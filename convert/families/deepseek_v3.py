@@ -12,8 +12,8 @@ from functools import partial
 from ..architecture import Architecture
 from ..argument_tables import Neutral
 from ..errors import UnsupportedError
-from .expert_fields import RouterScores, ScoreFactor
-from .expert_layouts import BestTwo, FirstDense, SharedExperts
+from .expert_fields import ScoreFactor
+from .expert_layouts import BestTwo, FirstDense, SharedExperts, Sigmoids
 from .family import Family
 from .fields import Config, Field, Opposite, Rope, Same, Vocabulary, number
 from .further_tokens import FurtherTokens, as_stored, copies, numbered_rules
@@ -29,13 +29,12 @@ ROUTED: tuple[Field, ...] = (
     Same("num_experts_per_tok", "moe_router_topk"),
     SharedExperts(),
     FirstDense(),
-    RouterScores(),
+    Sigmoids(),
     ScoreFactor(),
     BestTwo(never_null=True),
 )
 ROUTED_FIXED: dict[str, object] = {"moe_router_enable_expert_bias": True}
 ROUTED_DEFAULTS: dict[str, object] = {
-    "scoring_func": "sigmoid",
     "norm_topk_prob": True,
     "n_shared_experts": 1,
 }

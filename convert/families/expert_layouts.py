@@ -9,14 +9,20 @@ BestTwo()         groups of experts, judged by the best two of each
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..architecture import Architecture
 from ..errors import UnsupportedError
-from .expert_fields import Groups
+from .expert_fields import Groups, RouterScores
 from .fields import MOST_LAYERS, Config, number
 
 _LAYERS = "num_hidden_layers"
+
+
+def also(name: str, default: int) -> Callable[[Config], object]:
+    """The value under another name, else the class's default: what null under the first means."""
+    return lambda config: default if config.get(name) is None else config[name]
 
 
 @dataclass(frozen=True)
@@ -133,6 +139,19 @@ class SharedExperts:
         """How many it is as wide as."""
         size = architecture.moe_shared_expert_intermediate_size or 0
         return {self.count: size // max(architecture.moe_ffn_hidden_size, 1)}
+
+
+@dataclass(frozen=True)
+class Sigmoids(RouterScores):
+    """`norm_topk_prob` of sigmoids; DeepSeek's own files have a `scoring_func` too."""
+
+    def read(self, config: Config) -> dict[str, object]:
+        """Megatron's function.
+
+        Raises:
+            UnsupportedError: another function, or sigmoids that Megatron would (not) normalise.
+        """
+        return super().read({"scoring_func": "sigmoid", **config})
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from functools import partial
 
-from .expert_layouts import AllLayers
+from .expert_layouts import AllLayers, also
 from .family import Family
-from .fields import Same, SlidingWindow
+from .fields import Rope, Same, SlidingWindow
 from .llama import CHOICES, DEFAULTS, FIXED, NO_BIASES, SIZES
 from .names import ExpertNames, decoder_rules
 from .stacked import unstacked
@@ -31,10 +31,10 @@ FAMILY = Family(
     fields=(
         *(field for field in SIZES if field.names != ("intermediate_size",)),
         Same("intermediate_size", "moe_ffn_hidden_size"),
-        Same("num_local_experts", "num_experts", lambda c: c.get("num_experts", 8)),
+        Same("num_local_experts", "num_experts", also("num_experts", 8)),
         Same("num_experts_per_tok", "moe_router_topk"),
         AllLayers(),
-        *CHOICES,
+        *(Rope(base=1e6) if isinstance(field, Rope) else field for field in CHOICES),
         SlidingWindow(),
     ),
     fixed={
@@ -47,7 +47,6 @@ FAMILY = Family(
         "num_key_value_heads": 8,
         "num_experts_per_tok": 2,
         "rms_norm_eps": 1e-5,
-        "rope_theta": 1e6,
     },
     neutral=NO_BIASES,
     # The first is another name of `num_local_experts`; the others are for training.

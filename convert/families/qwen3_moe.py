@@ -10,7 +10,7 @@ from functools import partial
 
 from ..architecture import Architecture
 from .expert_fields import RouterScores
-from .expert_layouts import SparseSteps
+from .expert_layouts import SparseSteps, also
 from .family import Family
 from .fields import Config, Same, SlidingWindow, number
 from .llama import CHOICES, DEFAULTS, FIXED, SIZES
@@ -51,7 +51,7 @@ FAMILY = Family(
     fields=(
         *SIZES,
         Same("moe_intermediate_size", "moe_ffn_hidden_size"),
-        Same("num_experts", "num_experts", lambda c: c.get("num_local_experts", 128)),
+        Same("num_experts", "num_experts", also("num_local_experts", 128)),
         Same("num_experts_per_tok", "moe_router_topk"),
         RouterScores(function=None),
         SparseSteps(),

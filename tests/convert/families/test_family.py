@@ -17,7 +17,16 @@ from mtt_convert.errors import UnsupportedError
 from mtt_convert.families import FAMILIES, exact_families
 from mtt_convert.families.family import Family
 from mtt_convert.parameters import expected
-from tests.convert.families.natives import CASES, CLASSES, LINEAR, LLAMA3, Case, case, model_class
+from tests.convert.families.natives import (
+    CASES,
+    CLASSES,
+    LINEAR,
+    LLAMA3,
+    WITH_EXPERTS,
+    Case,
+    case,
+    model_class,
+)
 
 NATIVE = sorted(CLASSES)
 LLAMA = Architecture(
@@ -123,16 +132,45 @@ CHANGES: dict[str, list[Any]] = {
 }
 
 
+CHANGES_OF_EXPERTS: dict[str, list[Any]] = {
+    "num_experts": [4, 8],
+    "moe_ffn_hidden_size": [10, 12],
+    "moe_layer_pattern": [(1, 1, 1, 1), (0, 1, 1, 1), (0, 1, 0, 1), (1, 1, 0, 1)],
+    "moe_router_topk": [1, 2, 4],
+    "moe_router_score_function": ["softmax", "sigmoid"],
+    "moe_router_pre_softmax": [False, True],
+    "moe_router_topk_scaling_factor": [None, 1.0, 2.5],
+    "moe_router_enable_expert_bias": [False, True],
+    "moe_router_num_groups": [None, 2, 4],
+    "moe_router_group_topk": [None, 1, 2],
+    "moe_shared_expert_intermediate_size": [None, 12, 20, 24],
+    "moe_shared_expert_gate": [False, True],
+    "mtp_num_layers": [0, 1],
+}
+CHANGES_OF_LATENT: dict[str, list[Any]] = {
+    "q_lora_rank": [None, 20],
+    "rope_type": ["rope", "yarn"],
+    "rotary_scaling_factor": [1.0, 4.0],
+    "mscale": [1.0, 0.7],
+    "mscale_all_dim": [0.0, 0.7],
+}
+
+
 @st.composite
 def neighbours(draw: st.DrawFn) -> Architecture:
     """What a model of a native class computes, with up to two things changed."""
     one = draw(st.sampled_from(CASES))
     a = FAMILIES[one.family].architecture(one.config().to_dict())
-    names = draw(st.lists(st.sampled_from(sorted(CHANGES)), max_size=2, unique=True))
-    change = {name: draw(st.sampled_from(CHANGES[name])) for name in names}
+    changes = CHANGES if a.num_experts is None else CHANGES | CHANGES_OF_EXPERTS
+    changes = changes | CHANGES_OF_LATENT if a.multi_latent_attention else changes
+    names = draw(st.lists(st.sampled_from(sorted(changes)), max_size=2, unique=True))
+    change = {name: draw(st.sampled_from(changes[name])) for name in names}
     if a.num_layers != 4 and isinstance(change.get("window_attn_skip_freq"), tuple):
         del change["window_attn_skip_freq"]
-    return replace(a, **change)
+    try:
+        return replace(a, **change)
+    except UnsupportedError:  # no such model
+        return a
 
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=lambda family: family.name)
@@ -155,6 +193,10 @@ def test_mtt_represents_everything(architecture: Architecture) -> None:
     assert MTTConfig(**FAMILIES["mtt"].config(architecture)).vocab_size
 
 
+# Sizes that may be null, a step that may be a list, and groups that make no difference.
+SAID_OTHERWISE = ("head_dim", "decoder_sparse_step", "mlp_only_layers", "n_group", "topk_group")
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_written_configuration_is_the_one_that_was_read(case: Case) -> None:
     """transformers fills in the same values whether it gets its own file or ours."""
@@ -165,6 +207,9 @@ def test_the_written_configuration_is_the_one_that_was_read(case: Case) -> None:
     known = {name for line in family.fields for name in line.names} - aliases
     for name in known & set(theirs.to_dict()):
         one, other = getattr(theirs, name), getattr(ours, name)
+        if name in SAID_OTHERWISE and one != other:
+            assert case.family in WITH_EXPERTS
+            continue
         if name == "max_window_layers" and theirs.layer_types is not None:
             continue  # means nothing beside layer_types
         if name == "partial_rotary_factor":
@@ -441,9 +486,33 @@ def test_the_defaults_are_the_class_s(name: str) -> None:
         assert theirs[field] == value and type(theirs[field]) is type(value), field
     # Every other field it reads is a size, null where it is derived, or written by old versions.
     fields = {n for line in FAMILIES[name].fields for n in line.names} & set(theirs)
+    fields -= {"num_experts", "num_local_experts", "num_mtp_layers"}  # with a test of their own
     sizes = ("size", "layers", "heads", "embeddings", "n_embd", "n_layer", "n_head", "n_positions")
     for field in fields - set(FAMILIES[name].defaults):
         assert theirs[field] is None or field.endswith(sizes), field
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_experts_under_either_name(name: str) -> None:
+    """transformers 5 writes other names than published files have; one has a default."""
+    config_class = model_class(name).config_class
+    assert read(name, num_experts=None, num_local_experts=None).num_experts == (
+        config_class().num_experts
+    )
+    for field in ("num_experts", "num_local_experts"):
+        none = {"num_experts": None, "num_local_experts": None}
+        assert read(name, **{**none, field: 5}).num_experts == 5
+        assert config_class(**{field: 5}).num_local_experts == 5
+    written = FAMILIES[name].config(read(name))
+    assert ("num_experts" in written) == (name == "qwen3_moe")
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "glm4_moe"])
+def test_layers_for_further_tokens_under_either_name(name: str) -> None:
+    none = {"num_mtp_layers": None, "num_nextn_predict_layers": None}
+    assert read(name, **none).mtp_num_layers == 1
+    for field in none:
+        assert read(name, **{**none, field: 3}).mtp_num_layers == 3
 
 
 @pytest.mark.parametrize("name", NATIVE)
