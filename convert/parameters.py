@@ -34,6 +34,8 @@ class Parameter:
         layers: which layers have it, if its name has one.
         blocks: how many parts of the split axis are divided on their own: 2 for `linear_fc1` of
             a gated MLP, whose rank shard is [gate_r | up_r].
+        may_be_whole: whether ranks hold all of it in some specs and a part in others; the shape
+            shows which.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Parameter:
     when: Condition = lambda a: True
     layers: LayerCondition = lambda a, i: True
     blocks: Callable[[Architecture], int] = lambda a: 1
+    may_be_whole: bool = False
 
     @property
     def of_expert(self) -> bool:
@@ -147,6 +150,7 @@ PARAMETERS = (
         lambda a: (a.q_lora_rank or 0, a.hidden_size),
         0,
         when=lambda a: _is_latent(a) and a.q_lora_rank is not None,
+        may_be_whole=True,
     ),
     *_norm(
         f"{_ATTENTION}.linear_q_up_proj.layer_norm_",
@@ -164,6 +168,7 @@ PARAMETERS = (
         lambda a: (a.kv_lora_rank + a.qk_pos_emb_head_dim, a.hidden_size),
         0,
         when=_is_latent,
+        may_be_whole=True,
     ),
     *_norm(
         f"{_ATTENTION}.linear_kv_up_proj.layer_norm_",

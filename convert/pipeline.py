@@ -2,6 +2,7 @@
 
     formats.find        which format is it, which folder           bytes on disk
     reader.open_folder  shards, names as in the files              -> RawCheckpoint
+    experts             every expert under a name with its number
     dialects            canonical names, and which generation has the files' own
     topology, row_order     layer numbers, order of rows, joins        -> Checkpoint
     hf_source           all of this for a Hugging Face folder      -> Checkpoint
@@ -21,6 +22,7 @@ from typing import Any, TypedDict, Unpack
 
 from . import (
     dialects,
+    experts,
     formats,
     hf_folder,
     hf_source,
@@ -36,6 +38,7 @@ from .arguments import (
     architecture_from_args,
     architecture_from_shapes,
     low_precision,
+    notes,
     unknown_arguments,
 )
 from .checkpoint import Checkpoint, RawCheckpoint
@@ -91,18 +94,19 @@ def open_checkpoint(
     raw = reader.open_folder(place, frozenset(skip_keys))
     if epfl.is_epfl(raw):
         raw = epfl.in_core_words(raw)
+    raw = replace(raw, shards=experts.numbered(raw.shards))
     names = {name for shard in raw.shards for name in shard.tensors}
     dialect = dialects.detect(names)
     shards = dialects.canonical(dialect, raw.shards)
     overrides = overrides or {}
     if raw.args is None and dialect.has_tied_copy(names):
         overrides = {"untie_embeddings_and_output_weights": False, **overrides}
-    tp = 1 + max(shard.tp for shard in shards)
+    tp, etp = (1 + max(getattr(s, rank) for s in shards) for rank in ("tp", "expert_tp"))
     held = topology.holders(topology.number_layers(shards))
-    shapes = topology.joined_shapes(held, tp)
-    notes: tuple[str, ...] = ()
+    shapes = topology.joined_shapes(held, tp, etp)
+    remarks: tuple[str, ...] = ()
     if dialect.arguments:
-        args, notes = dialect.arguments(raw.args or {}, shapes, overrides)
+        args, remarks = dialect.arguments(raw.args or {}, shapes, overrides)
         shards = [replace(shard, args=None) for shard in raw.shards]
         raw = replace(raw, args=args, shards=tuple(shards))
     architecture = _architecture(raw, shapes, overrides, legacy=not dialect.is_core)
@@ -110,7 +114,7 @@ def open_checkpoint(
     held = row_order.in_head_order(held, order, architecture, raw.layout.tp, tp)
     if raw.has_up_first or dialect.has_up_first(names):
         held = row_order.gate_first(held, architecture, raw.layout.tp, tp)
-    tensors, copies = topology.join(held, tp, architecture, dialect.summed)
+    tensors, copies = topology.join(held, tp, etp, architecture, dialect.summed)
     parameters.check_complete({n: t.shape for n, t in tensors.items()}, architecture)
     tied = topology.TIED_HEAD in held and topology.TIED_HEAD not in tensors
     dropped = dict(raw.dropped) | ({"tied copy": (topology.TIED_HEAD,)} if tied else {})
@@ -127,7 +131,12 @@ def open_checkpoint(
         args=raw.args or {},
         replicas=copies,
         dropped=dropped,
-        warnings=(*notes, *_unknown_arguments(raw), *low_precision(raw.args or {})),
+        warnings=(
+            *remarks,
+            *notes(raw.args or {}, overrides),
+            *_unknown_arguments(raw),
+            *low_precision(raw.args or {}),
+        ),
         evidence=(*raw.evidence, f"names like {shown}", reason),
         num_files=raw.num_files,
         iterations=raw.iterations,
