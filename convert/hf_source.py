@@ -83,6 +83,8 @@ def open_hf_folder(
     _check_weights(folder)
     architecture = family.architecture(config)
     stored = hf_safetensors.read_tensors(folder)
+    if scales := [name for name in stored if name.endswith("_scale_inv")]:
+        raise _quantised(f"scales of blocks: {shorten(scales, 4)}")
     skipped = tuple(sorted(set(stored) & set(skip_keys)))
     buffers = tuple(n for n in stored if re.fullmatch(family.buffers, n) and n not in skipped)
     kept = {n: t for n, t in stored.items() if n not in {*skipped, *buffers}}
@@ -162,12 +164,16 @@ def _check_class(family: Family, config: Mapping[str, object]) -> None:
     if config.get("quantization_config"):
         details = config["quantization_config"]
         method = details.get("quant_method") if isinstance(details, dict) else None
-        raise UnsupportedError(
-            "the weights are kept in a quantised form",
-            found=f"quantization_config with quant_method = {method!r}",
-            expected="weights in float32, float16 or bfloat16",
-            fix="give the folder this one was quantised from",
-        )
+        raise _quantised(f"quantization_config with quant_method = {method!r}")
+
+
+def _quantised(found: str) -> UnsupportedError:
+    return UnsupportedError(
+        "the weights are kept in a quantised form",
+        found=found,
+        expected="weights in float32, float16 or bfloat16",
+        fix="give the folder this one was quantised from",
+    )
 
 
 def _check_weights(folder: str) -> None:
