@@ -111,11 +111,14 @@ def _family(model_type: str, architecture: Architecture, exact: tuple[str, ...])
     family = FAMILIES[model_type]
     misfits = () if family.code else family.misfits(architecture)
     if misfits:
+        others = f"--model-type {exact[0] if exact else DEFAULT}, which computes exactly the same"
+        if all(text.startswith("mtp_num_layers") for text in misfits):
+            others = f"--drop-mtp leaves out the layers that predict further tokens; or {others}"
         raise UsageError(
             f"this model is not exactly a {model_type}; nothing was written",
             found="; ".join(misfits),
             expected=f"what {family.causal_lm} computes",
-            fix=f"--model-type {exact[0] if exact else DEFAULT}, which computes exactly the same",
+            fix=others,
         )
     return family
 

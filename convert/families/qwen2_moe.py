@@ -34,6 +34,14 @@ class _Windows(LayerWindows):
         return super().read(config)
 
 
+class _Shared(Same):
+    """A width that may not be null: the class always has the shared MLP."""
+
+    def read(self, config: Config) -> dict[str, object]:
+        """The width."""
+        return {self.architecture: number(self.config, config.get(self.config), "int")}
+
+
 FAMILY = Family(
     name="qwen2_moe",
     causal_lm="Qwen2MoeForCausalLM",
@@ -46,7 +54,7 @@ FAMILY = Family(
         Same("moe_intermediate_size", "moe_ffn_hidden_size"),
         Same("num_experts", "num_experts"),
         Same("num_experts_per_tok", "moe_router_topk"),
-        Same("shared_expert_intermediate_size", "moe_shared_expert_intermediate_size"),
+        _Shared("shared_expert_intermediate_size", "moe_shared_expert_intermediate_size"),
         RouterScores(function=None),
         SparseSteps(),
         *CHOICES,

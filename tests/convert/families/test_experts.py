@@ -22,8 +22,10 @@ from mtt_convert import (
     UnsupportedError,
     UsageError,
     convert,
+    from_megatron,
     open_checkpoint,
 )
+from mtt_convert.cli import main
 from mtt_convert.families import FAMILIES
 from mtt_convert.logits import compare_logits
 from tests.convert.families.natives import CASES, WITH_EXPERTS, Case, experts, model_class
@@ -176,6 +178,41 @@ def test_copies_may_be_missing_but_not_differ(case: Case, tmp_path: Path) -> Non
         assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.parametrize("case", FURTHER, ids=str)
+def test_they_are_left_out_on_request(case: Case, tmp_path: Path) -> None:
+    """Copies that differ are then nobody's business."""
+    case.save(tmp_path / "source")
+    replace(case, further=0).save(tmp_path / "without")
+    name = "model.layers.4.embed_tokens.weight"
+    rewrite(tmp_path / "source", lambda tensors: tensors[name].add_(1))
+    for to in (case.family, "mtt"):
+        options = {"model_type": to, "tokenizer": "none"}
+        result = convert(tmp_path / "source", tmp_path / to, drop_mtp=True, **options)
+        assert f"{case.further} layer" in result.conversion.warnings[-1]
+        convert(tmp_path / "without", tmp_path / f"{to}-without", **options)
+        assert bytes_of(tmp_path / to) == bytes_of(tmp_path / f"{to}-without")
+        configs = [(tmp_path / f / "config.json").read_text() for f in (to, f"{to}-without")]
+        assert configs[0] == configs[1]
+    model = from_megatron(tmp_path / "source", drop_mtp=True, tokenizer="none")
+    assert model.model.mtp is None
+    replace(case, further=0).save(tmp_path / "plain")
+    convert(tmp_path / "plain", tmp_path / "same", model_type=case.family, drop_mtp=True)
+
+
+def test_a_class_without_them_says_how_to_go_on(golden: Any, tmp_path: Path) -> None:
+    with pytest.raises(UsageError) as caught:
+        convert(golden("mcore/mtp/tp2pp2/torch"), tmp_path / "out", model_type="llama")
+    assert caught.value.found == "mtp_num_layers = 1"
+    assert "--drop-mtp" in str(caught.value.fix)
+    folders = [str(golden("mcore/mtp/tp2pp2/torch")), str(tmp_path / "out")]
+    code = main(
+        ["convert", *folders, "--drop-mtp", "--model-type", "llama", "--set", "vocab_size=500"]
+    )
+    assert code == 0
+    logits = golden("mcore/mtp/logits.npz")
+    assert compare_logits(tmp_path / "out", logits) < 1e-4
+
+
 def test_layers_that_are_announced_and_not_there(tmp_path: Path) -> None:
     """transformers' save_pretrained leaves them out, and their number in config.json."""
     model = experts("glm4_moe").model()
@@ -289,10 +326,11 @@ def test_classes_with_one_more_number_compute_what_megatron_computes(
     tensors = load_file(tmp_path / "mtt" / WEIGHTS)
     assert tensors.keys() == table.rules(a).apply(checkpoint.tensors, a).keys()
     model.load_state_dict(stacked(tensors))
-    reference = np.load(golden(f"mcore/{path.split('/')[0]}/logits.npz"))
+    with np.load(golden(f"mcore/{path.split('/')[0]}/logits.npz")) as reference:
+        ids, expected = reference["input_ids"], reference["logits"][..., :500]
     with torch.no_grad():
-        logits = model(torch.from_numpy(reference["input_ids"])).logits.numpy()
-    assert np.abs(logits - reference["logits"][..., :500]).max() < 1e-4
+        logits = model(torch.from_numpy(ids)).logits.numpy()
+    assert np.abs(logits - expected).max() < 1e-4
 
 
 def stacked(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
