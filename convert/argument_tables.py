@@ -151,7 +151,6 @@ SETTINGS: Mapping[str, type] = {
     ),
     "num_experts": object,
     "moe_layer_freq": object,
-    "moe_router_load_balancing_type": object,
     "position_embedding_type": object,
     "window_size": object,
     "window_attn_skip_freq": object,

@@ -46,8 +46,8 @@ from .argument_values import or_default as _or
 from .argument_values import show as _show
 from .dtypes import DType
 from .errors import UnsupportedError, UsageError
+from .expert_arguments import BALANCING, expert_fields, further_tokens
 from .expert_arguments import NEUTRAL as EXPERT_NEUTRAL
-from .expert_arguments import expert_fields, further_tokens
 from .latent_arguments import assumed, is_latent, latent_fields
 from .sizes import Sizes, read_shapes
 
@@ -153,7 +153,7 @@ def _check_overrides(overrides: Arguments) -> None:
     for name in overrides:
         if (name in SETTINGS and name not in FOREIGN) or name in NEUTRAL or name in RENAMED:
             continue
-        if name in EXPERT_NEUTRAL:
+        if name in EXPERT_NEUTRAL or name == BALANCING:
             continue
         if name in SUGGESTIONS:
             message, fix = "is Hugging Face's name", f"use Megatron's: {SUGGESTIONS[name]}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Mapping
 
-from .architecture import ROUTER_SCORE_FUNCTIONS
+from .architecture import ROUTER_SCORE_FUNCTIONS, Architecture
 from .argument_tables import OFF, Arguments, Neutral
 from .argument_values import is_in, number, or_default, show
 from .errors import UnsupportedError
@@ -34,7 +34,14 @@ NEUTRAL: Mapping[str, Neutral] = {
     "moe_shared_expert_glu_interleave_size": Neutral(_INTERLEAVED),
 }
 # These only add losses; `sinkhorn` and `quantile_balancing` choose experts in another way.
+BALANCING = "moe_router_load_balancing_type"
 _BALANCING = ("none", "aux_loss", "seq_aux_loss", "global_aux_loss")
+# Stored as they are in the architecture.
+_SAME = (
+    "num_experts moe_router_topk moe_router_score_function moe_router_pre_softmax "
+    "moe_router_topk_scaling_factor moe_router_enable_expert_bias moe_router_num_groups "
+    "moe_router_group_topk moe_shared_expert_intermediate_size moe_shared_expert_gate"
+).split()
 # What a layer that predicts further tokens may be besides a layer like the last.
 _NEUTRAL_MTP: Mapping[str, Neutral] = {
     "mtp_hybrid_override_pattern": Neutral("further tokens predicted by a hybrid of layers"),
@@ -108,11 +115,11 @@ def _refuse(a: Arguments, legacy: bool) -> None:
     ]
     if legacy:
         odd.append(("use_legacy_models = True (experts of before Megatron-Core)", "False"))
-    kinds = or_default(a, "moe_router_load_balancing_type", "none")
+    kinds = or_default(a, BALANCING, "none")
     names = kinds if isinstance(kinds, (list, tuple)) else (kinds,)
     if any(name not in _BALANCING for name in names):
         known = ", ".join(_BALANCING)
-        odd.append((f"moe_router_load_balancing_type = {show(kinds)}", f"one of {known}"))
+        odd.append((f"{BALANCING} = {show(kinds)}", f"one of {known}"))
     function = or_default(a, "moe_router_score_function", "softmax")
     if function not in ROUTER_SCORE_FUNCTIONS:
         known = " or ".join(ROUTER_SCORE_FUNCTIONS)
@@ -228,3 +235,26 @@ def further_tokens(a: Arguments) -> dict[str, object]:
             fix="if an argument is wrong, say it: --set NAME=VALUE",
         )
     return {"mtp_num_layers": count}
+
+
+def stored(a: Architecture) -> dict[str, object]:
+    """The arguments that `expert_fields` and `further_tokens` read, those of a dense model too."""
+    pattern = a.moe_layer_pattern
+    arguments: dict[str, object] = {name: getattr(a, name) for name in _SAME}
+    arguments |= {
+        "moe_ffn_hidden_size": a.moe_ffn_hidden_size or None,
+        "moe_layer_freq": 1 if all(pattern) else list(pattern),
+        "mtp_num_layers": a.mtp_num_layers or None,
+    }
+    if a.num_experts is None:
+        # What Megatron stores then.
+        arguments |= {"moe_router_topk": 2, "moe_ffn_hidden_size": None}
+    return arguments
+
+
+def is_carried(name: str, value: object) -> bool:
+    """Whether an argument of a source holds for its copy, as far as experts are concerned."""
+    if name == BALANCING:
+        names = value if isinstance(value, (list, tuple)) else (value,)
+        return all(one in _BALANCING for one in names)
+    return name not in NEUTRAL or is_in(value, NEUTRAL[name].values)

@@ -1,4 +1,4 @@
-"""Experts under their global numbers, whichever way a rank's file has them.
+"""Experts under their global numbers, whichever way a rank's file has them; and back.
 
 A layer has E experts; expert-parallel rank r of EP has n = E / EP of them, those from r * n on.
 The router, which every rank has, says E. Within `decoder.layers.I.mlp.` files have
@@ -27,7 +27,7 @@ from dataclasses import replace
 
 from .checkpoint import Shard
 from .errors import CorruptError, IncompleteError, InconsistentError
-from .tensors import LazyTensor
+from .tensors import LazyTensor, stack
 
 _MARK = ".mlp.experts."
 _SEQUENTIAL = re.compile(r"local_experts\.(?P<e>\d+)\.(?P<name>linear_fc[12]\.(weight|bias))")
@@ -35,6 +35,8 @@ _GROUPED = re.compile(r"(?P<name>linear_fc[12]\.(weight|bias))(?P<e>\d+)")
 _SINGLE = re.compile(r"experts\.(?P<e>\d+)\.(?P<name>.+)")
 _STACKED = re.compile(r"experts\.(?P<name>linear_fc[12]\.(weight|bias))")
 _JOINED = {"weight1": "linear_fc1.weight", "weight2": "linear_fc2.weight"}
+_CANONICAL = re.compile(r"(?P<layer>.+)\.mlp\.experts\.(?P<e>\d+)\.(?P<name>.+)")
+SEQUENTIAL, TE_GROUPED, GROUPED = "SequentialMLP", "TEGroupedMLP", "GroupedMLP"
 
 
 def numbered(shards: Sequence[Shard]) -> tuple[Shard, ...]:
@@ -145,3 +147,41 @@ def _check_count(found: Mapping[tuple[int, str], LazyTensor], count: int, where:
                 expected=f"{count} experts, as the router has",
                 fix="use files of one and the same run",
             )
+
+
+def spelled(tensors: Mapping[str, LazyTensor], module: str, first: int) -> dict[str, LazyTensor]:
+    """The tensors of a rank as one of Megatron's modules has its experts.
+
+    Args:
+        tensors: names with global numbers of experts; the others are left alone.
+        module: `SequentialMLP`, `TEGroupedMLP` or `GroupedMLP`.
+        first: number of the rank's first expert.
+    """
+    found: dict[str, LazyTensor] = {}
+    joined: dict[str, list[LazyTensor]] = defaultdict(list)
+    for name, tensor in tensors.items():
+        hit = _CANONICAL.fullmatch(name)
+        if not hit:
+            found[name] = tensor
+            continue
+        prefix, number, rest = f"{hit['layer']}{_MARK}", int(hit["e"]) - first, hit["name"]
+        if module == SEQUENTIAL:
+            found[f"{prefix}local_experts.{number}.{rest}"] = tensor
+        elif module == TE_GROUPED:
+            found[f"{prefix}{rest}{number}"] = tensor
+        else:
+            (weight,) = (weight for weight, within in _JOINED.items() if within == rest)
+            joined[prefix + weight].append(tensor.permute(1, 0))
+    return found | {name: _together(name, parts) for name, parts in joined.items()}
+
+
+def _together(name: str, parts: Sequence[LazyTensor]) -> LazyTensor:
+    """A GroupedMLP's matrix of transposed experts in the order of their numbers."""
+    rows, columns = parts[0].shape
+    shape = (rows, len(parts) * columns) if name.endswith("1") else (len(parts) * rows, columns)
+    return stack(parts).flatten(0, 3).unflatten(0, *shape)
+
+
+def in_distributed_checkpoints(name: str) -> str:
+    """A name with a numbered expert as singleton shards have it; others as they are."""
+    return name.replace(_MARK, f"{_MARK}experts.")

@@ -9,6 +9,7 @@ core/transformer/transformer_config.py, at core_v0.11 to core_v0.19 and main of 
 
 from __future__ import annotations
 
+from .architecture import Architecture
 from .argument_tables import Arguments
 from .argument_values import missing_arguments, number, or_default, show
 from .errors import UnsupportedError
@@ -17,6 +18,12 @@ _NEEDED = ("kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim")
 _SCALES = ("rotary_scaling_factor", "mscale", "mscale_all_dim")
 # MLATransformerConfig's, which Megatron-LM has no arguments for.
 _DEFAULTS = {"original_max_position_embeddings": 4096, "beta_fast": 32, "beta_slow": 1}
+
+_PLAIN_SCALES: dict[str, object] = {
+    "rotary_scaling_factor": 1.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 0.0,
+}
 
 
 def is_latent(a: Arguments) -> bool:
@@ -141,3 +148,46 @@ def assumed(a: Arguments) -> tuple[str, ...]:
         "Megatron's defaults are taken; if the model was trained with others, "
         + " ".join(f"--set {name}=VALUE" for name in values),
     )
+
+
+def stored(a: Architecture) -> dict[str, object]:
+    """The arguments that `latent_fields` reads, with Megatron's defaults where they mean nothing.
+
+    Megatron has no arguments for the last three; they are stored for mtt to read.
+    """
+    if not a.multi_latent_attention:
+        return {
+            "multi_latent_attention": False,
+            "q_lora_rank": None,
+            "kv_lora_rank": 32,
+            "qk_head_dim": 128,
+            "qk_pos_emb_head_dim": 64,
+            "v_head_dim": 128,
+            "rope_type": None,
+            **_PLAIN_SCALES,
+        }
+    is_yarn = a.rope_type == "yarn"
+    return {
+        "multi_latent_attention": True,
+        "q_lora_rank": a.q_lora_rank,
+        **{name: getattr(a, name) for name in _NEEDED},
+        # The size by which Megatron's own core attention joins heads (DotProductAttention).
+        "kv_channels": a.v_head_dim,
+        # Megatron rotates neighbours as pairs, and has no argument that says so.
+        "rotary_interleaved": a.rotary_interleaved is not True,
+        "rope_type": a.rope_type,
+        **({name: getattr(a, name) for name in _SCALES} if is_yarn else _PLAIN_SCALES),
+        **({name: getattr(a, name) for name in _DEFAULTS} if is_yarn else {}),
+    }
+
+
+def ignored_by_training(a: Architecture) -> list[str]:
+    """Warnings about what Megatron-LM would not use, as it has no arguments for it."""
+    if not a.multi_latent_attention or a.rope_type != "yarn":
+        return []
+    return [
+        f"Megatron-LM has no argument for YaRN's {name} ({getattr(a, name):g}, its default is "
+        f"{default}): train with a script that sets it in MLATransformerConfig"
+        for name, default in _DEFAULTS.items()
+        if getattr(a, name) != default
+    ]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 from .architecture import Architecture
 from .boxes import Ints
@@ -239,6 +240,7 @@ _NUMBERS = (
 )
 
 
+@lru_cache(maxsize=1 << 17)
 def find(name: str) -> Parameter | None:
     """The table line of a concrete canonical name.
 

@@ -27,6 +27,7 @@ from .parameters import Parameter, find
 from .tensors import SUM, SUM_OF_PARTS, LazyTensor, combined, concat
 
 _LAYER = re.compile(r"(?<=^decoder\.layers\.)(\d+)(?=\.)")
+_EXPERT = re.compile(r"(?<=\.mlp\.experts\.)(\d+)(?=\.)")
 EMBEDDING, TIED_HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
 Held = Mapping[str, Sequence[Shard]]
 
@@ -197,7 +198,7 @@ def _join(name: str, shards: Sequence[Shard], split: int | None, blocks: int) ->
 
 
 def boxes(name: str, shape: Ints, architecture: Architecture, tp: int, rank: int) -> list[Box]:
-    """The boxes of a whole tensor that a tensor-parallel rank holds, in their order there."""
+    """The boxes of a whole tensor that one of `tp` ranks holds, in their order there."""
     parameter = _parameter(name)
     split, start = parameter.split, [0] * len(shape)
     if split is None:
@@ -220,13 +221,30 @@ def cut(
     return held[0] if len(held) == 1 else concat(held, axis=_parameter(name).split or 0)
 
 
+def is_of_expert(name: str) -> bool:
+    """Whether a parameter is a part of one of the experts, and divided as those are."""
+    return _parameter(name).of_expert
+
+
+def may_be_whole(name: str) -> bool:
+    """Whether ranks hold all of it in some specs and a part in others."""
+    return _parameter(name).may_be_whole
+
+
+def expert_number(name: str) -> int:
+    """The expert that a parameter belongs to."""
+    hit = _EXPERT.search(name)
+    assert hit is not None, name
+    return int(hit[1])
+
+
 def is_split(name: str) -> bool:
     """Whether tensor-parallel ranks hold different parts of a parameter."""
     return _parameter(name).split is not None
 
 
 def stage_names(names: Iterable[str], stage: Stage) -> list[str]:
-    """The canonical names of the parameters that a pipeline stage holds."""
+    """The canonical names of the parameters that a pipeline stage holds, copies left out."""
     held = []
     for name in names:
         layer = _LAYER.search(name)
@@ -237,6 +255,17 @@ def stage_names(names: Iterable[str], stage: Stage) -> list[str]:
         if wanted:
             held.append(name)
     return held
+
+
+def copied_names(names: Iterable[str], stage: Stage) -> list[str]:
+    """What a stage holds copies of: layers that predict further tokens look tokens up again.
+
+    (Source: GPTModel, core/models/gpt/gpt_model.py.)
+    """
+    names = list(names)
+    if not stage.last or stage.first or not any(name.startswith("mtp.") for name in names):
+        return []
+    return [name for name in names if name.startswith("embedding.")]
 
 
 def local_name(name: str, stage: Stage) -> str:

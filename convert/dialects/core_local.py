@@ -39,23 +39,15 @@ MODULES = Modules(
     before=core_te.MODULES.before,
     layer=(
         "input_layernorm",
-        "self_attention.linear_proj",
-        "self_attention.linear_qkv",
+        *core_te.PROJECTIONS,
         "self_attention.q_layernorm",
         "self_attention.k_layernorm",
+        "self_attention.kv_layernorm",
         "pre_mlp_layernorm",
-        "mlp.linear_fc1",
-        "mlp.linear_fc2",
+        *core_te.LAYER_MLPS,
     ),
     after=core_te.MODULES.after,
-    stateful=frozenset(
-        (
-            "self_attention.linear_proj",
-            "self_attention.linear_qkv",
-            "mlp.linear_fc1",
-            "mlp.linear_fc2",
-            "output_layer",
-        )
-    ),
+    mtp=core_te.MODULES.mtp,
+    stateful=frozenset((*core_te.PROJECTIONS, *core_te.MLPS, "eh_proj", "output_layer")),
     bare=frozenset(("output_layer",)),
 )

@@ -91,20 +91,62 @@ DIALECT = Dialect(
     generations=((r".*", "Megatron-Core, Transformer Engine layers or a distributed checkpoint"),),
     is_core=True,
 )
-_LAYER = (
-    "self_attention.core_attention",
+# In the order in which a layer builds them (transformer/attention.py,
+# transformer/multi_latent_attention.py, transformer/moe/moe_layer.py).
+PROJECTIONS = (
     "self_attention.linear_proj",
     "self_attention.linear_qkv",
-    "self_attention.q_layernorm",
-    "self_attention.k_layernorm",
-    "mlp.linear_fc1",
-    "mlp.linear_fc2",
+    "self_attention.linear_q_proj",
+    "self_attention.linear_q_down_proj",
+    "self_attention.linear_q_up_proj",
+    "self_attention.linear_kv_down_proj",
+    "self_attention.linear_kv_up_proj",
+)
+_EXPERTS = (
+    "mlp.experts.local_experts.{e}.linear_fc1",
+    "mlp.experts.local_experts.{e}.linear_fc2",
+    "mlp.experts.experts.{e}.linear_fc1",
+    "mlp.experts.experts.{e}.linear_fc2",
+    "mlp.experts.linear_fc1",
+    "mlp.experts.linear_fc2",
+)
+_SHARED = ("mlp.shared_experts.linear_fc1", "mlp.shared_experts.linear_fc2")
+MLPS = ("mlp.linear_fc1", "mlp.linear_fc2", *_EXPERTS, *_SHARED)
+LAYER_MLPS = (
+    *MLPS[:2],
+    "mlp.router",
+    "mlp.experts",
+    *_EXPERTS,
+    "mlp.shared_experts",
+    *_SHARED,
+)
+_NORMS = ("input_layernorm", "self_attention.q_layernorm", "self_attention.k_layernorm")
+_LAYER = (
+    "input_layernorm",
+    "self_attention.core_attention",
+    *PROJECTIONS,
+    *_NORMS[1:],
+    "pre_mlp_layernorm",
+    *LAYER_MLPS,
 )
 _AFTER = ("decoder.final_layernorm", "output_layer")
+_MTP = (("enorm", "hnorm", "eh_proj"), ("final_layernorm",))
 MODULES = Modules(
     before=("embedding.word_embeddings", "embedding.position_embeddings"),
     layer=_LAYER,
     after=_AFTER,
-    stateful=frozenset((*_LAYER, *_AFTER)),
+    mtp=_MTP,
+    stateful=frozenset(
+        (
+            "self_attention.core_attention",
+            "pre_mlp_layernorm",
+            *_NORMS,
+            *PROJECTIONS,
+            *MLPS,
+            *_AFTER,
+            *_MTP[0],
+            *_MTP[1],
+        )
+    ),
     bare=frozenset(("self_attention.core_attention", "output_layer")),
 )

@@ -328,13 +328,14 @@ class RankModel:
     """What one rank's file will hold.
 
     Attributes:
-        tp, pp: the rank's coordinates.
+        tp, pp, ep: the rank's coordinates.
         args: Megatron's arguments, plain values.
         chunks: per virtual chunk, names as in the file; None for an empty `_extra_state`.
     """
 
     tp: int
     pp: int
+    ep: int
     args: Mapping[str, object]
     chunks: tuple[Mapping[str, Weight | None], ...]
 
@@ -345,8 +346,7 @@ def plan_files(
     """One file per rank, below the iteration's folder."""
     files = []
     for rank in ranks:
-        suffix = f"_{rank.pp:03d}" if layout.pp > 1 else ""
-        name = f"{folder}/mp_rank_{rank.tp:02d}{suffix}/{_FILE}"
+        name = f"{folder}/{_rank_folder(rank.tp, rank.pp, rank.ep, layout)}/{_FILE}"
         files.append(_rank_file(name, rank, iteration))
     return tuple(files)
 
