@@ -44,6 +44,7 @@ from .arguments import (
 from .checkpoint import Checkpoint, RawCheckpoint
 from .conversion import Conversion
 from .documents import source_facts
+from .dropping import without_mtp
 from .errors import InconsistentError, UsageError
 from .execute import Progress, run
 from .formats import epfl
@@ -254,6 +255,7 @@ def convert(
     tokenizer: str | None = None,
     replicated: str | None = None,
     qkv_order: str = row_order.AUTO,
+    drop_mtp: bool = False,
     num_workers: int = 1,
     overwrite: bool = False,
     keep_same: bool = False,
@@ -279,6 +281,7 @@ def convert(
             `megatron_folder`.
         replicated: `error` if ranks hold different copies of a parameter, or take the `first` or
             the `average`; None: `average` for DeepSpeed's checkpoints, else `error`.
+        drop_mtp: leave out layers that predict further tokens.
         num_workers: threads; each holds about 2 MB. A target on the Hub has one that converts.
         overwrite: replace an earlier conversion in `target`.
         keep_same: leave a folder alone that holds exactly what would be written.
@@ -307,6 +310,7 @@ def convert(
         skip_keys=skip_keys,
         qkv_order=qkv_order,
     )
+    checkpoint = without_mtp(checkpoint) if drop_mtp else checkpoint
     checkpoint, policy = replicas.settle(checkpoint, replicated)
     conversion = plan_conversion(
         checkpoint,
