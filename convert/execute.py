@@ -5,25 +5,30 @@
        together: what tensor parallelism makes of a row-parallel weight
     3  idle workers take tensors from the files that are left; as far as there are others, no two
        write to one file, where one would wait for the other
-    4  the sink completes each file when its last tensor is there
+    4  where there are more cores than workers, each reads and hashes ahead in a thread of its own
+    5  the sink completes each file when its last tensor is there
 
 Memory is the workers' windows, whatever the model's size.
 """
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Protocol
 
+from .ahead import ahead
 from .casting import cast_window
 from .manifest import new_hasher
 from .plan import ConversionPlan, PlannedFile, PlannedTensor
 from .reading import FileReader, columns, neighbours, stream, stream_together
 
+_AHEAD = 4
 Progress = Callable[[int, int], None]
 
 
@@ -60,7 +65,7 @@ def run(
     Args:
         plan: what to write; its replicas are the caller's to check.
         sink: where to.
-        num_workers: threads; each holds one window.
+        num_workers: threads that write; each holds a window, or a few if it reads ahead.
         algorithm: hash reported per tensor.
         progress: called with (bytes done, bytes in all), from one thread at a time.
         file_by_file: complete each file before the next is begun, as far as workers allow, even
@@ -72,8 +77,9 @@ def run(
     for file in plan.files:
         if not file.tensors:
             sink.file_done(file)
-    job = _Job(_queue(plan, file_by_file), sink, algorithm, progress)
     num_workers = min(num_workers, plan.num_tensors)
+    depth = _AHEAD if num_workers < num_cores() else 0
+    job = _Job(_queue(plan, file_by_file), sink, algorithm, progress, depth)
     if num_workers <= 1:
         job.work()
         return
@@ -84,6 +90,13 @@ def run(
         except BaseException:
             job.stop()
             raise
+
+
+def num_cores() -> int:
+    """Cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1  # macOS
 
 
 Unit = tuple[tuple[PlannedFile, PlannedTensor], ...]
@@ -143,15 +156,30 @@ def _together(plan: ConversionPlan) -> dict[tuple[str, str], Unit]:
     return found
 
 
+@dataclass(slots=True)
+class _Step:
+    """A window of each tensor of a unit; or, behind the last, their hashes."""
+
+    unit: Unit
+    position: int = 0
+    data: Sequence[memoryview] = ()
+    digests: Sequence[str] = ()
+
+
 class _Job:
     """State that the workers of one run share."""
 
     def __init__(
-        self, waiting: deque[_Entry], sink: Sink, algorithm: str, progress: Progress | None
+        self,
+        waiting: deque[_Entry],
+        sink: Sink,
+        algorithm: str,
+        progress: Progress | None,
+        depth: int,
     ) -> None:
         self._sink, self._algorithm, self._progress = sink, algorithm, progress
         self._lock = threading.Lock()
-        self._waiting = waiting
+        self._waiting, self._depth = waiting, depth
         self._busy: Counter[int] = Counter()
         tensors = [item for entry in waiting for unit in entry.units for item in unit]
         self._left = Counter(file.name for file, _ in tensors)
@@ -164,13 +192,15 @@ class _Job:
 
     def work(self) -> None:
         """Copy tensors until there are none left."""
-        with FileReader() as reader:
-            try:
-                for unit in self._units():
-                    self._copy(reader, unit)
-            except BaseException:
-                self.stop()
-                raise
+        with FileReader(num_windows=1 + self._depth) as reader:
+            steps = self._steps(reader)
+            with closing(ahead(steps, self._depth) if self._depth else steps) as steps:
+                try:
+                    for step in steps:
+                        self._write(step)
+                except BaseException:
+                    self.stop()
+                    raise
 
     def _units(self) -> Iterator[Unit]:
         """Tensors for one worker: files of its own first, then what others have not begun."""
@@ -197,22 +227,30 @@ class _Job:
         self._waiting.append(entry)
         return entry
 
-    def _copy(self, reader: FileReader, unit: Unit) -> None:
-        hashers = [new_hasher(self._algorithm) for _ in unit]
-        position = 0
-        for windows in _windows(unit, reader):
-            if self._stopped:
-                return
-            size = 0
-            for (file, tensor), hasher, window in zip(unit, hashers, windows, strict=True):
-                data = cast_window(window, tensor.source.dtype, tensor.dtype)
-                hasher.update(data)
-                self._sink.write(file, tensor, position, data)
-                size = len(data)
-            position += size
-            self._advance(size * len(unit))
-        for (file, tensor), hasher in zip(unit, hashers, strict=True):
-            self._sink.tensor_done(file, tensor, hasher.hexdigest())
+    def _steps(self, reader: FileReader) -> Generator[_Step, None, None]:
+        """What one worker reads: windows, and the hashes of a unit after its last."""
+        for unit in self._units():
+            hashers = [new_hasher(self._algorithm) for _ in unit]
+            position = 0
+            for windows in _windows(unit, reader):
+                if self._stopped:
+                    return
+                pairs = zip(unit, windows, strict=True)
+                data = [cast_window(w, t.source.dtype, t.dtype) for (_, t), w in pairs]
+                for hasher, part in zip(hashers, data, strict=True):
+                    hasher.update(part)
+                yield _Step(unit, position, data)
+                position += len(data[0])
+            yield _Step(unit, digests=[hasher.hexdigest() for hasher in hashers])
+
+    def _write(self, step: _Step) -> None:
+        if not step.digests:
+            for (file, tensor), data in zip(step.unit, step.data, strict=True):
+                self._sink.write(file, tensor, step.position, data)
+                self._advance(len(data))
+            return
+        for (file, tensor), digest in zip(step.unit, step.digests, strict=True):
+            self._sink.tensor_done(file, tensor, digest)
             with self._lock:
                 self._left[file.name] -= 1
                 complete = self._left[file.name] == 0

@@ -12,7 +12,7 @@ stays at the window however large the tensor is. One `FileReader` belongs to one
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -46,11 +46,19 @@ Dims = list[tuple[int, int, int]]
 
 
 class FileReader:
-    """Open files of one thread, its buffers, and how many bytes it has read."""
+    """Open files of one thread, its buffers, and how many bytes it has read.
 
-    def __init__(self) -> None:
+    Attributes:
+        num_bytes: bytes read.
+
+    Args:
+        num_windows: how many windows are in use at a time.
+    """
+
+    def __init__(self, num_windows: int = 1) -> None:
         self._files: OrderedDict[str, File] = OrderedDict()
-        self._scratch = self._window = memoryview(b"")
+        self._scratch = memoryview(b"")
+        self._windows = deque([memoryview(b"")] * num_windows)
         self.num_bytes = 0
 
     def __enter__(self) -> FileReader:
@@ -93,13 +101,15 @@ class FileReader:
         self.num_bytes += position
 
     def window(self, num_bytes: int) -> memoryview:
-        """A buffer that lives until the next call."""
-        if len(self._window) < num_bytes:
-            self._window = memoryview(bytearray(num_bytes))
-        return self._window[:num_bytes]
+        """A buffer that lives until the next call, or as many calls as there are windows."""
+        window = self._windows.popleft()
+        if len(window) < num_bytes:
+            window = memoryview(bytearray(num_bytes))
+        self._windows.append(window)
+        return window[:num_bytes]
 
     def scratch(self, num_bytes: int) -> memoryview:
-        """Another one."""
+        """A buffer that lives until the next call."""
         if len(self._scratch) < num_bytes:
             self._scratch = memoryview(bytearray(num_bytes))
         return self._scratch[:num_bytes]
@@ -150,7 +160,7 @@ def stream(
 ) -> Iterator[memoryview]:
     """The bytes of a tensor in row-major order, window by window.
 
-    A window is valid until the next one is asked for, or the reader is used otherwise.
+    A window is valid until the next one is asked for, or as many as the reader has windows.
     """
     window_bytes = window_size(tensor) if window_bytes is None else window_bytes
     stretches = _stretches(tensor)
@@ -168,7 +178,7 @@ def stream_together(
 
     Args:
         tensors: the first has the lowest columns.
-        reader: what reads; windows are valid until it is used again.
+        reader: what reads; windows are valid as those of `stream` are.
     """
     first = tensors[0].pieces[0].offset
     shifts = [(t.pieces[0].offset - first) // t.dtype.itemsize for t in tensors]
@@ -233,11 +243,11 @@ def _stream_stretches(
     window_bytes: int,
 ) -> Iterator[memoryview]:
     itemsize = tensor.dtype.itemsize
-    buffer = reader.window(min(window_bytes, tensor.num_bytes))
     left = iter(stretches)
     path, offset, size = next(left, ("", 0, 0))
     for _, shape in windows(tensor.shape, max(1, window_bytes // itemsize)):
         num_bytes = prod(shape) * itemsize
+        buffer = reader.window(num_bytes)
         done = 0
         while done < num_bytes:
             if size == 0:
@@ -245,7 +255,7 @@ def _stream_stretches(
             count = min(size, num_bytes - done)
             _fill(reader, path, offset, buffer[done : done + count])
             done, offset, size = done + count, offset + count, size - count
-        yield buffer[:num_bytes]
+        yield buffer
 
 
 def _fill(reader: FileReader, path: str | Combined, offset: int, out: memoryview) -> None:
@@ -261,9 +271,6 @@ def _stream_pieces(
     """Windows of tensors whose pieces stand `shifts` elements behind those of the first one."""
     tensor, count = tensors[0], len(tensors)
     itemsize = tensor.dtype.itemsize
-    room = min(window_bytes, tensor.num_bytes)
-    buffer = reader.window(count * room)
-    buffers = [buffer[number * room : (number + 1) * room] for number in range(count)]
     pending = sorted(tensor.pieces, key=lambda piece: piece.start, reverse=True)
     active: list[Piece] = []
     for window in windows(tensor.shape, max(1, window_bytes // itemsize)):
@@ -273,7 +280,8 @@ def _stream_pieces(
             active.append(pending.pop())
         active = [p for p in active if not _before(p, start)]
         size = prod(shape) * itemsize
-        outs = tuple(buffer[:size] for buffer in buffers)
+        buffer = reader.window(count * size)
+        outs = tuple(buffer[number * size : (number + 1) * size] for number in range(count))
         target = _Target(outs, shifts, tensor.dtype, reader)
         for piece in active:
             target.copy(piece, window)
