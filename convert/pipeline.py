@@ -341,6 +341,7 @@ def convert(
             num_workers=num_workers,
             algorithm=algorithm,
             progress=progress,
+            file_by_file=isinstance(sink, HubSink),
         )
         sink.finish()
     hashes = {name: file["tensors"] for name, file in sink.manifest["files"].items()}
