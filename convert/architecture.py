@@ -383,10 +383,26 @@ class Architecture:
             if not is_there:
                 for name in names:
                     del facts[name]
+        if self.num_experts is not None:
+            facts |= self._routing()
+        if all(self.moe_layers):
+            del facts["ffn_hidden_size"]
         flags = self.windowed_layers
         facts["window_size"] = self.window_size if any(flags) else None
         skipped = None if all(flags) or not any(flags) else _skip_freq(flags)
         facts["window_attn_skip_freq"] = skipped
+        return facts
+
+    def _routing(self) -> dict[str, object]:
+        """How experts are chosen, without what makes no difference."""
+        softmax = self.moe_router_score_function == "softmax"
+        factor = self.moe_router_topk_scaling_factor
+        facts: dict[str, object] = {
+            "moe_router_pre_softmax": softmax and self.moe_router_pre_softmax,
+            "moe_router_topk_scaling_factor": None if factor == 1 else factor,
+        }
+        if self.moe_router_num_groups == self.moe_router_group_topk:
+            facts |= {"moe_router_num_groups": None, "moe_router_group_topk": None}
         return facts
 
     def __post_init__(self) -> None:

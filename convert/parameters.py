@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from .architecture import Architecture
 from .boxes import Ints
@@ -34,6 +35,8 @@ class Parameter:
         layers: which layers have it, if its name has one.
         blocks: how many parts of the split axis are divided on their own: 2 for `linear_fc1` of
             a gated MLP, whose rank shard is [gate_r | up_r].
+        may_be_whole: whether ranks hold all of it in some specs and a part in others; the shape
+            shows which.
     """
 
     name: str
@@ -42,6 +45,7 @@ class Parameter:
     when: Condition = lambda a: True
     layers: LayerCondition = lambda a, i: True
     blocks: Callable[[Architecture], int] = lambda a: 1
+    may_be_whole: bool = False
 
     @property
     def of_expert(self) -> bool:
@@ -178,6 +182,7 @@ _SELF_ATTENTION = (
         lambda a: (a.q_lora_rank or 0, a.hidden_size),
         0,
         when=lambda a: _is_latent(a) and a.q_lora_rank is not None,
+        may_be_whole=True,
     ),
     *_norm(
         f"{_ATTENTION}.linear_q_up_proj.layer_norm_",
@@ -195,6 +200,7 @@ _SELF_ATTENTION = (
         lambda a: (a.kv_lora_rank + a.qk_pos_emb_head_dim, a.hidden_size),
         0,
         when=_is_latent,
+        may_be_whole=True,
     ),
     *_norm(
         f"{_ATTENTION}.linear_kv_up_proj.layer_norm_",
@@ -317,6 +323,7 @@ _NUMBERS = (
 )
 
 
+@lru_cache(maxsize=1 << 17)
 def find(name: str) -> Parameter | None:
     """The table line of a concrete canonical name, or of a name in `COPIES`.
 

@@ -237,6 +237,12 @@ class MTTSeq2SeqConfig(PreTrainedConfig):
 
     __eq__ = MTTConfig.__eq__  # `rope_parameters` may be missing
 
+    def get_text_config(
+        self, decoder: bool | None = None, encoder: bool | None = None
+    ) -> "MTTSeq2SeqConfig":
+        """Return this configuration, which holds for both sides: transformers makes a copy."""
+        return self
+
     def types_of_layers(self) -> list[str]:
         """Return what the attention of each layer sees, for `MTTAttention`: everything."""
         return ["full_attention"] * max(self.num_encoder_layers, self.num_decoder_layers)

@@ -530,6 +530,14 @@ class MTTSeq2SeqModel(MTTSeq2SeqPreTrainedModel):
             self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.encoder = MTTEncoder(config)
         self.decoder = MTTDecoder(config)
+        shared = {"embed_tokens.weight": "shared.weight"}
+        if self.embed_positions is not None:
+            shared["embed_positions.weight"] = "embed_positions.weight"
+        self._tied_weights_keys = {
+            f"{side}.{name}": source
+            for side in ("encoder", "decoder")
+            for name, source in shared.items()
+        }
 
         self.post_init()
 
@@ -537,14 +545,7 @@ class MTTSeq2SeqModel(MTTSeq2SeqPreTrainedModel):
         """Return what is tied whatever `tie_word_embeddings`, which is about the head, says."""
         if all_submodels:
             return super().get_expanded_tied_weights_keys(all_submodels=True)
-        sources = {"embed_tokens.weight": "shared.weight"}
-        if self.config.position_embedding_type == "learned":
-            sources["embed_positions.weight"] = "embed_positions.weight"
-        return {
-            f"{side}.{name}": source
-            for side in ("encoder", "decoder")
-            for name, source in sources.items()
-        }
+        return dict(self._tied_weights_keys)
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         """Replace the token embeddings of both sides."""

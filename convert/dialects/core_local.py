@@ -44,34 +44,36 @@ MODULES = Modules(
     before=core_te.MODULES.before,
     layer=(
         "input_layernorm",
-        "self_attention.linear_proj",
-        "self_attention.linear_qkv",
+        *core_te.PROJECTIONS,
         "self_attention.q_layernorm",
         "self_attention.k_layernorm",
+        "self_attention.kv_layernorm",
         "pre_mlp_layernorm",
-        "mlp.linear_fc1",
-        "mlp.linear_fc2",
+        *core_te.LAYER_MLPS,
     ),
     after=core_te.MODULES.after,
-    stateful=frozenset(
-        (
-            "self_attention.linear_proj",
-            "self_attention.linear_qkv",
-            "mlp.linear_fc1",
-            "mlp.linear_fc2",
-            "output_layer",
-        )
-    ),
+    mtp=core_te.MODULES.mtp,
+    stateful=frozenset((*core_te.PROJECTIONS, *core_te.MLPS, "eh_proj", "output_layer")),
     bare=frozenset(("output_layer",)),
 )
-_LINEARS = ("linear_proj", "linear_q", "linear_kv")
-_CROSS = tuple(f"cross_attention.{module}" for module in _LINEARS)
+_T5_ATTENTION = ("self_attention.linear_proj", "self_attention.linear_qkv")
+_T5_CROSS = tuple(f"cross_attention.{n}" for n in ("linear_proj", "linear_q", "linear_kv"))
+_T5_MLP = ("mlp.linear_fc1", "mlp.linear_fc2")
+_T5_HEADS = ("lm_head.output_layer", "output_layer")
 T5_MODULES = Modules(
     before=core_te.T5_MODULES.before,
-    encoder=MODULES.layer,
+    encoder=("input_layernorm", *_T5_ATTENTION, "pre_mlp_layernorm", *_T5_MLP),
     between=core_te.T5_MODULES.between,
-    layer=(*MODULES.layer[:5], "pre_cross_attn_layernorm", *_CROSS, *MODULES.layer[5:]),
+    layer=(
+        "input_layernorm",
+        *_T5_ATTENTION,
+        "pre_cross_attn_layernorm",
+        *_T5_CROSS,
+        "pre_mlp_layernorm",
+        *_T5_MLP,
+    ),
     after=core_te.T5_MODULES.after,
-    stateful=frozenset((*MODULES.stateful, *_CROSS, "lm_head.output_layer")),
+    mtp=((), ()),
+    stateful=frozenset((*_T5_ATTENTION, *_T5_CROSS, *_T5_MLP, *_T5_HEADS)),
     bare=frozenset(),
 )

@@ -127,30 +127,74 @@ DIALECT = Dialect(
     generations=((r".*", "Megatron-Core, Transformer Engine layers or a distributed checkpoint"),),
     is_core=True,
 )
-_LAYER = (
-    "self_attention.core_attention",
+# In the order in which a layer builds them (transformer/attention.py,
+# transformer/multi_latent_attention.py, transformer/moe/moe_layer.py).
+PROJECTIONS = (
     "self_attention.linear_proj",
     "self_attention.linear_qkv",
-    "self_attention.q_layernorm",
-    "self_attention.k_layernorm",
-    "mlp.linear_fc1",
-    "mlp.linear_fc2",
+    "self_attention.linear_q_proj",
+    "self_attention.linear_q_down_proj",
+    "self_attention.linear_q_up_proj",
+    "self_attention.linear_kv_down_proj",
+    "self_attention.linear_kv_up_proj",
+)
+_EXPERTS = (
+    "mlp.experts.local_experts.{e}.linear_fc1",
+    "mlp.experts.local_experts.{e}.linear_fc2",
+    "mlp.experts.experts.{e}.linear_fc1",
+    "mlp.experts.experts.{e}.linear_fc2",
+    "mlp.experts.linear_fc1",
+    "mlp.experts.linear_fc2",
+)
+_SHARED = ("mlp.shared_experts.linear_fc1", "mlp.shared_experts.linear_fc2")
+MLPS = ("mlp.linear_fc1", "mlp.linear_fc2", *_EXPERTS, *_SHARED)
+LAYER_MLPS = (
+    *MLPS[:2],
+    "mlp.router",
+    "mlp.experts",
+    *_EXPERTS,
+    "mlp.shared_experts",
+    *_SHARED,
+)
+_NORMS = ("input_layernorm", "self_attention.q_layernorm", "self_attention.k_layernorm")
+_LAYER = (
+    "input_layernorm",
+    "self_attention.core_attention",
+    *PROJECTIONS,
+    *_NORMS[1:],
+    "pre_mlp_layernorm",
+    *LAYER_MLPS,
 )
 _AFTER = ("decoder.final_layernorm", "output_layer")
+_MTP = (("enorm", "hnorm", "eh_proj"), ("final_layernorm",))
 MODULES = Modules(
     before=("embedding.word_embeddings", "embedding.position_embeddings"),
     layer=_LAYER,
     after=_AFTER,
-    stateful=frozenset((*_LAYER, *_AFTER)),
+    mtp=_MTP,
+    stateful=frozenset(
+        (
+            "self_attention.core_attention",
+            "pre_mlp_layernorm",
+            *_NORMS,
+            *PROJECTIONS,
+            *MLPS,
+            *_AFTER,
+            *_MTP[0],
+            *_MTP[1],
+        )
+    ),
     bare=frozenset(("self_attention.core_attention", "output_layer")),
 )
-_CROSS = ("core_attention", "linear_proj", "linear_q", "linear_kv")
-_T5_LAYER = (
-    *_LAYER[:5],
-    "pre_cross_attn_layernorm",
-    *(f"cross_attention.{module}" for module in _CROSS),
-    *_LAYER[5:],
+_T5_ATTENTION = tuple(
+    f"self_attention.{module}" for module in ("core_attention", "linear_proj", "linear_qkv")
 )
+_T5_CROSS = tuple(
+    f"cross_attention.{module}"
+    for module in ("core_attention", "linear_proj", "linear_q", "linear_kv")
+)
+_T5_MLP = ("mlp.linear_fc1", "mlp.linear_fc2")
+_T5_LAYER = (*_T5_ATTENTION, "pre_cross_attn_layernorm", *_T5_CROSS, *_T5_MLP)
 _T5_AFTER = ("decoder.final_layernorm", "lm_head.output_layer", "output_layer")
 T5_MODULES = Modules(
     before=(
@@ -160,10 +204,11 @@ T5_MODULES = Modules(
         "encoder_relative_pos_emb.relative_attention_bias",
         "decoder_relative_pos_emb.relative_attention_bias",
     ),
-    encoder=_LAYER,
+    encoder=(*_T5_ATTENTION, *_T5_MLP),
     between=("encoder.final_layernorm",),
     layer=_T5_LAYER,
     after=_T5_AFTER,
+    mtp=((), ()),
     stateful=frozenset((*_T5_LAYER, "encoder.final_layernorm", *_T5_AFTER)),
-    bare=frozenset(("self_attention.core_attention", "cross_attention.core_attention")),
+    bare=frozenset((_T5_ATTENTION[0], _T5_CROSS[0])),
 )
