@@ -14,13 +14,14 @@
 """MTT encoder-decoder configuration."""
 
 from dataclasses import field
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 
 from .configuration_mtt import MTTConfig
+from .validation_mtt import check_rotated_part
 
 SEQ2SEQ_AUTO_MAP = {
     "AutoConfig": "configuration_seq2seq_mtt.MTTSeq2SeqConfig",
@@ -304,7 +305,7 @@ class MTTSeq2SeqConfig(PreTrainedConfig):
     def _validate_positions(self) -> None:
         kind = self.position_embedding_type
         if kind == "rope":
-            MTTConfig._validate_rotated_part(cast(MTTConfig, self))
+            check_rotated_part(self)
         elif hasattr(self, "rope_parameters"):
             raise ValueError(
                 f"rope_parameters ({self.rope_parameters}) go with position_embedding_type 'rope', "

@@ -599,7 +599,8 @@ def defaults(config_class: Any) -> dict[str, object]:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_defaults_are_the_class_s(name: str) -> None:
-    config_class = MTTConfig if name == "mtt" else model_class(name).config_class
+    ours = {"mtt": MTTConfig, "mtt_seq2seq": MTTSeq2SeqConfig}
+    config_class = ours.get(name) or model_class(name).config_class
     theirs = defaults(config_class)
     for field, value in FAMILIES[name].defaults.items():
         assert theirs[field] == value and type(theirs[field]) is type(value), field
