@@ -11,6 +11,11 @@ from .manifest import NAME as MANIFEST
 from .tokenizer import Tokenizer
 from .version import __version__
 
+_TASKS = {
+    "AutoModelForCausalLM": "text-generation",
+    "AutoModelForSeq2SeqLM": "text2text-generation",
+    "AutoModelForPreTraining": "fill-mask",
+}
 _MOST_GPUS = 8  # of the example: those of one machine
 Rows = list[tuple[str, object]]
 
@@ -35,16 +40,15 @@ def model_card(
     """
     has_code = family.code is not None
     title = "Megatron-Turing model" if has_code else family.causal_lm
-    task, example = "text-generation", _python(family, tokenizer)
-    several = _several(architecture, family)
+    example, several = _python(family, tokenizer), _several(architecture, family)
     if architecture.kind == "bert":
         title = bert_class(architecture)
-        task, example, several = "fill-mask", bert_python(architecture, tokenizer), ""
+        example, several = bert_python(architecture, tokenizer), ""
     text = f"""\
 ---
 # license: fill in the identifier of yours, see https://huggingface.co/docs/hub/repositories-licenses
 library_name: transformers
-pipeline_tag: {task}
+pipeline_tag: {_TASKS[family.auto_class]}
 tags:
 {_list(_tags(checkpoint, family))}
 ---
@@ -96,7 +100,8 @@ def _model_rows(a: Architecture, num_parameters: int, dtype: str) -> Rows:
     biases = "all linear layers" if a.add_bias_linear else "queries, keys and values"
     return [
         ("Parameters", f"{num_parameters:,}"),
-        ("Layers", a.num_layers),
+        ("Encoder layers", a.encoder_num_layers or None),
+        ("Decoder layers" if a.encoder_num_layers else "Layers", a.num_layers),
         ("Hidden size", a.hidden_size),
         ("MLP size", f"{a.ffn_hidden_size}{gate}"),
         ("Attention heads", f"{a.num_attention_heads} of {a.kv_channels}"),
@@ -104,6 +109,7 @@ def _model_rows(a: Architecture, num_parameters: int, dtype: str) -> Rows:
         ("Norm of queries and keys", "yes" if a.qk_layernorm else None),
         ("Activation", a.activation),
         ("Norm", f"{a.normalization}, epsilon {a.layernorm_epsilon:g}{centred}"),
+        ("Norm after the last layers", None if a.final_layernorm else "none"),
         ("Norm after the embedding", "yes" if a.embedding_norm else None),
         ("Residuals", _residuals(a)),
         ("Biases", biases if a.has_qkv_bias else "none"),
@@ -125,7 +131,12 @@ def _residuals(a: Architecture) -> str | None:
 def _positions(a: Architecture) -> str:
     length = f"{a.max_position_embeddings:,}"
     if a.position_embedding_type != "rope":
-        others = {"none": "none", "alibi": f"ALiBi, trained on {length}"}
+        buckets, most = a.relative_attention_num_buckets, a.relative_attention_max_distance
+        others = {
+            "none": "none",
+            "alibi": f"ALiBi, trained on {length}",
+            "relative": f"relative, {buckets} buckets up to {most} tokens, trained on {length}",
+        }
         return others.get(a.position_embedding_type, f"learned, {length}")
     facts = [f"rotary, {length}", f"base {a.rotary_base:g}"]
     if a.rotary_percent != 1:
@@ -179,19 +190,21 @@ With `pip install modeling-mtt` and `import modeling_mtt`, `trust_remote_code` i
 
 def _python(family: Family, tokenizer: Tokenizer) -> str:
     trust = ", trust_remote_code=True" if family.code else ""
+    auto = family.auto_class
     if not tokenizer.files:
         return f"""\
-from transformers import AutoModelForCausalLM
+from transformers import {auto}
 
 path = "FOLDER"
-model = AutoModelForCausalLM.from_pretrained(path, device_map="auto"{trust})"""
+model = {auto}.from_pretrained(path, device_map="auto"{trust})"""
+    prompt = "Once upon a <extra_id_0>." if family.kind == "t5" else "Once upon a time"
     return f"""\
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {auto}, AutoTokenizer
 
 path = "FOLDER"
-model = AutoModelForCausalLM.from_pretrained(path, device_map="auto"{trust})
+model = {auto}.from_pretrained(path, device_map="auto"{trust})
 tokenizer = AutoTokenizer.from_pretrained(path{trust})
-inputs = tokenizer("Once upon a time", return_tensors="pt").to(model.device)
+inputs = tokenizer("{prompt}", return_tensors="pt").to(model.device)
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=32)[0]))"""
 
 
@@ -201,22 +214,24 @@ def _several(a: Architecture, family: Family) -> str:
     if tp == 1:
         return ""
     plugin = " (`pip install modeling-mtt` beside vLLM)" if family.code else ""
+    # vLLM runs no encoder-decoder of transformers.
+    serve = f"$ vllm serve FOLDER --tensor-parallel-size {tp}\n" if family.kind == "gpt" else ""
+    both = f"With vLLM{plugin}, and with mtt:" if serve else "With mtt:"
     return f"""\
 On several GPUs, {tp} for example, started by `torchrun --nproc-per-node {tp} script.py`:
 
 ```python
 {"import modeling_mtt" if family.code else "# script.py"}
-from transformers import AutoModelForCausalLM
+from transformers import {family.auto_class}
 from transformers.distributed import DistributedConfig
 
 config = DistributedConfig(tp_size={tp})
-model = AutoModelForCausalLM.from_pretrained("FOLDER", distributed_config=config)
+model = {family.auto_class}.from_pretrained("FOLDER", distributed_config=config)
 ```
 
-With vLLM{plugin}, and with mtt:
+{both}
 
 ```console
-$ vllm serve FOLDER --tensor-parallel-size {tp}
-$ mtt generate FOLDER --tp {tp} --prompt "Once upon a time"
+{serve}$ mtt generate FOLDER --tp {tp} --prompt "Once upon a time"
 ```
 """

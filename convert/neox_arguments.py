@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from .argument_tables import Neutral
-from .arguments import missing_arguments
+from .argument_values import missing_arguments
 from .errors import UnsupportedError
 from .sizes import read_shapes
 

@@ -16,6 +16,8 @@ it, core_v0.16.1; [BOS] and [EOS] since v2.1, when vocab_extra_ids became an arg
 from __future__ import annotations
 
 import io
+import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -24,6 +26,7 @@ from .errors import SourceError
 from .tokenizer_json import Json, json_of
 
 CASES = {"BertWordPieceLowerCase": True, "BertWordPieceCase": False}
+FILE = "vocab.txt"
 _MARKS = {"cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]", "pad": "[PAD]", "unk": "[UNK]"}
 _ENDS = {"bos": "[BOS]", "eos": "[EOS]"}
 _PREFIX = "##"
@@ -150,3 +153,21 @@ def _frame(vocabulary: Vocabulary) -> Json | None:
             for mark in (_MARKS["cls"], _MARKS["sep"])
         },
     }
+
+
+def megatron_arguments(files: Mapping[str, bytes]) -> dict[str, object]:
+    """The arguments with which Megatron builds the tokenizer of these files; none if it cannot.
+
+    Its own classes have what T5's data asks for, which its HuggingFaceTokenizer has not.
+    """
+    try:
+        fast = json.loads(files["tokenizer.json"])
+        lower = fast["normalizer"]["lowercase"]
+        tokens = [token["content"] for token in fast["added_tokens"]]
+        if FILE not in files or fast["model"]["type"] != "WordPiece":
+            return {}
+    except (KeyError, TypeError, ValueError):
+        return {}
+    sentinels = sum(bool(re.fullmatch(r"<extra_id_\d+>", str(token))) for token in tokens)
+    kinds = {is_lower: kind for kind, is_lower in CASES.items()}
+    return {"tokenizer_type": kinds[lower is True], "vocab_extra_ids": sentinels}

@@ -72,12 +72,12 @@ def _print(checkpoint: Checkpoint) -> None:
             ("size", size(checkpoint.num_bytes)),
             ("dtypes", ", ".join(f"{n} x {d}" for d, n in _dtypes(checkpoint).items())),
             ("kind", _kind(a)),
-            ("layers", a.num_layers),
+            ("layers", _layers(a)),
             ("hidden", a.hidden_size),
             ("attention", f"{a.num_attention_heads} heads of {a.kv_channels}"),
             ("groups", f"{a.num_query_groups}{', qk layernorm' if a.qk_layernorm else ''}"),
             ("mlp", f"{a.ffn_hidden_size}, {kind}{a.activation}"),
-            ("norm", f"{a.normalization}, eps {a.layernorm_epsilon:g}"),
+            ("norm", _norms(a)),
             ("positions", f"{a.position_embedding_type}, {a.max_position_embeddings}"),
             ("windows", _windows(a)),
             ("biases", biases),
@@ -95,6 +95,17 @@ def _kind(a: Architecture) -> str:
         return ""
     heads = "masked tokens and the second text" if a.bert_binary_head else "masked tokens"
     return f"bert, {a.num_tokentypes} token types, predicts {heads}"
+
+
+def _layers(a: Architecture) -> str:
+    if a.kind != "t5":
+        return str(a.num_layers)
+    return f"{a.encoder_num_layers} in the encoder, {a.num_layers} in the decoder: a T5"
+
+
+def _norms(a: Architecture) -> str:
+    final = "" if a.final_layernorm else ", none after the last layers"
+    return f"{a.normalization}, eps {a.layernorm_epsilon:g}{final}"
 
 
 def _windows(a: Architecture) -> str:

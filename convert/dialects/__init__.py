@@ -12,14 +12,15 @@ from dataclasses import replace
 from ..checkpoint import Shard
 from ..errors import UnsupportedError
 from ..mapping import shorten
-from . import core_bert, core_local, core_te, deepspeed, gpt_neox, legacy, legacy_bert
+from . import core_bert, core_local, core_te, deepspeed, gpt_neox, legacy, legacy_bert, legacy_t5
 from .dialect import Dialect as Dialect
 
 _NOT_YET = (
-    (r".*\.(inter|cross)_attention\..*", "an encoder, as in T5"),
-    (r".*\.mlp\.(experts|local_experts|router|deepspeed_moe)\..*", "a mixture of experts"),
-    (r"mtp\..*", "multi-token prediction"),
-    (r".*\.self_attention\.linear_(q|kv)_.*", "multi-latent attention"),
+    (
+        r"(?!decoder\.|mtp\.).*\.mlp\.(experts|router)\..*"
+        r"|.*\.mlp\.(local_experts|deepspeed_moe)\..*",
+        "a mixture of experts from before Megatron-Core 0.5",
+    ),
 )
 DIALECTS: tuple[Dialect, ...] = (
     core_te.DIALECT,
@@ -27,6 +28,7 @@ DIALECTS: tuple[Dialect, ...] = (
     legacy.DIALECT,
     legacy_bert.DIALECT,
     core_bert.DIALECT,
+    legacy_t5.DIALECT,
     deepspeed.DIALECT,
     gpt_neox.DIALECT,
 )
@@ -48,7 +50,7 @@ def detect(names: Iterable[str]) -> Dialect:
             raise UnsupportedError(
                 f"the checkpoint has parameters of {kind}; mtt cannot convert those yet",
                 found=shorten(named, 4),
-                expected="a dense GPT",
+                expected="a dense GPT or a T5",
             )
     dialect = max(DIALECTS, key=lambda dialect: dialect.known(names))
     if not dialect.known(names):
@@ -66,5 +68,4 @@ def canonical(dialect: Dialect, shards: Sequence[Shard]) -> list[Shard]:
     Raises:
         MappingError: a name without a rule or with two, or a group of which a shard lacks a part.
     """
-    dialect.rules.resolve({name for shard in shards for name in shard.tensors})
     return [replace(shard, tensors=dialect.rules.rename(shard.tensors)) for shard in shards]

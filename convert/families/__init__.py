@@ -10,16 +10,22 @@ from collections.abc import Mapping
 from ..architecture import Architecture
 from . import (
     bloom,
+    deepseek_v3,
     falcon,
+    glm4_moe,
     gpt2,
     gpt_neox,
     llama,
     megatron_bert,
     mistral,
+    mixtral,
     mtt,
+    mtt_seq2seq,
     nemotron,
     qwen2,
+    qwen2_moe,
     qwen3,
+    qwen3_moe,
 )
 from .family import Family
 
@@ -30,10 +36,16 @@ FAMILIES: Mapping[str, Family] = {
     module.FAMILY.name: module.FAMILY
     for module in (
         mtt,
+        mtt_seq2seq,
         llama,
         qwen2,
         qwen3,
         mistral,
+        mixtral,
+        qwen2_moe,
+        qwen3_moe,
+        glm4_moe,
+        deepseek_v3,
         nemotron,
         gpt_neox,
         gpt2,

@@ -137,6 +137,7 @@ FAMILY = Family(
     causal_lm=PRETRAINING,
     other_heads=(MASKED_LM,),
     base_model="MegatronBertModel",
+    auto_class="AutoModelForPreTraining",
     prefix="bert.",
     rules=_rules,
     fields=(
