@@ -62,7 +62,8 @@ def plan_conversion(
     exact = _preferred(exact_families(architecture), checkpoint)
     family = _family(model_type, architecture, exact)
     tensors = family.rules(architecture).apply(checkpoint.tensors, architecture)
-    files, index = plan_files(tensors, dtype, parse_size(max_shard_size))
+    kept = [name for name in tensors if name.endswith(family.float32)] if family.float32 else []
+    files, index = plan_files(tensors, dtype, parse_size(max_shard_size), set(kept))
     fields = family.config(architecture)
     stored = main_dtype(tensors) if dtype == "auto" else dtype
     count = sum(tensor.num_elements for tensor in tensors.values())

@@ -75,6 +75,7 @@ FAMILY = Family(
     },
     code="modeling_mtt",
     rules=partial(decoder_rules, mtp=True),
+    float32=(".e_score_correction_bias",),
     fields=(
         Vocabulary(),
         Same("hidden_size", "hidden_size"),
