@@ -62,8 +62,7 @@ def plan_conversion(
     exact = _preferred(exact_families(architecture), checkpoint)
     family = _family(model_type, architecture, exact)
     tensors = family.rules(architecture).apply(checkpoint.tensors, architecture)
-    kept = [name for name in tensors if name.endswith(family.float32)] if family.float32 else []
-    files, index = plan_files(tensors, dtype, parse_size(max_shard_size), set(kept))
+    files, index = plan_files(tensors, dtype, parse_size(max_shard_size))
     fields = family.config(architecture)
     stored = main_dtype(tensors) if dtype == "auto" else dtype
     count = sum(tensor.num_elements for tensor in tensors.values())

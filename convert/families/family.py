@@ -65,7 +65,6 @@ class Family:
             values with which they do not.
         ignored: fields without a part in the forward pass.
         limits: what an architecture must fulfil besides.
-        float32: how names of tensors end that stay in float32 whatever the others are in.
         buffers: a pattern of tensors that older versions saved and none loads.
         has_tp_plan, has_attention_backends: whether transformers can split the class over devices
             and choose its attention, in all versions mtt supports; `auto` takes no other.
@@ -84,7 +83,6 @@ class Family:
     neutral: Mapping[str, Neutral] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
     limits: tuple[Limit, ...] = ()
-    float32: tuple[str, ...] = ()
     buffers: str = r"(.*\.)?rotary_emb\.inv_freq"
     has_tp_plan: bool = True
     has_attention_backends: bool = True

@@ -75,7 +75,6 @@ FAMILY = Family(
     },
     code="modeling_mtt",
     rules=partial(decoder_rules, mtp=True),
-    float32=(".e_score_correction_bias",),
     fields=(
         Vocabulary(),
         Same("hidden_size", "hidden_size"),
@@ -144,6 +143,7 @@ FAMILY = Family(
         "attention_dropout": 0.0,
         "hidden_dropout": 0.0,
         "initializer_range": 0.02,
+        "num_experts_per_tok": 2,
         "scoring_func": "softmax",
         "norm_topk_prob": True,
         "routed_scaling_factor": 1.0,

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .. import sources
@@ -114,10 +114,7 @@ def _damaged(path: str, found: str, expected: str = "a safetensors file") -> Cor
 
 
 def plan_files(
-    tensors: Mapping[str, LazyTensor],
-    dtype: str,
-    max_shard_bytes: int,
-    kept: Collection[str] = (),
+    tensors: Mapping[str, LazyTensor], dtype: str, max_shard_bytes: int
 ) -> tuple[tuple[PlannedFile, ...], bytes | None]:
     """Distribute tensors over safetensors files as transformers does.
 
@@ -129,7 +126,6 @@ def plan_files(
         tensors: output name -> tensor.
         dtype: `auto` keeps each as it is stored; else a floating dtype's name.
         max_shard_bytes: a file is larger only for a single larger tensor.
-        kept: names of tensors that stay as they are stored whatever the dtype.
 
     Returns:
         The files, and the index document if there is more than one.
@@ -138,7 +134,7 @@ def plan_files(
     current: list[tuple[str, LazyTensor, DType]] = []
     size = 0
     for name, tensor in tensors.items():
-        target = tensor.dtype if dtype == "auto" or name in kept else DTYPES[dtype]
+        target = tensor.dtype if dtype == "auto" else DTYPES[dtype]
         num_bytes = tensor.num_elements * target.itemsize
         if num_bytes > max_shard_bytes:
             groups.append([(name, tensor, target)])
