@@ -48,7 +48,7 @@ from .megatron_args import (
     precision_arguments,
 )
 from .ops import resize_rows
-from .parameters import VOCABULARY
+from .parameters import FLOAT32, VOCABULARY
 from .plan import ConversionPlan, parse_size
 from .tensors import LazyTensor
 from .tokenizer import Tokenizer
@@ -419,4 +419,6 @@ class _Writer:
 
     def _weight(self, name: str, part: LazyTensor) -> Weight:
         dtype = part.dtype if self._dtype == "auto" else DTYPES[self._dtype]
+        if name.endswith(FLOAT32):
+            dtype = DTYPES["float32"]
         return Weight(name, part, dtype)

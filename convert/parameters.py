@@ -230,6 +230,9 @@ PARAMETERS = (
 )
 # Those with a row per token.
 VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
+# Kept in float32 whatever the others are in: what is learnt of it is too small for fewer bits
+# (TopKRouter._maintain_float32_expert_bias, core/transformer/moe/router.py).
+FLOAT32 = ".router.expert_bias"
 _BY_NAME = {parameter.name: parameter for parameter in PARAMETERS}
 _LAYERS, _MTP_LAYER = "decoder.layers.{i}.", "mtp.layers.{i}.transformer_layer."
 _NUMBERS = (

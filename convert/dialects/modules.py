@@ -61,8 +61,11 @@ class Modules:
         return ordered
 
     def sharded_state(self, names: Collection[str]) -> list[str]:
-        """The `_extra_state` entries that a distributed checkpoint has beside these parameters."""
-        held = _by_module(names)
+        """The `_extra_state` entries that a distributed checkpoint has beside these parameters.
+
+        A norm that is called like one fused into a module does not make the module.
+        """
+        held = _by_module(name for name in names if ".layer_norm_" not in name)
         return [
             f"{prefix}{module}.{EXTRA_STATE}"
             for prefix, module in self._walk(names)
