@@ -104,14 +104,11 @@ def _slice(source: LazyTensor, parameter: torch.Tensor) -> LazyTensor:
         return source
     for dim, placement in enumerate(parameter.placements):
         # Gate and up as one tensor: a process has its part of each.
-        if isinstance(placement, _StridedShard) and placement.split_factor > 1:
+        if isinstance(placement, _StridedShard) and placement.split_factor != 1:
             assert len(parameter.placements) == 1, parameter.placements
-            count, rank = parameter.device_mesh.size(dim), parameter.device_mesh.get_local_rank(dim)
-            axis = placement.dim
-            parts = [
-                part.chunk(count, axis)[rank] for part in source.chunk(placement.split_factor, axis)
-            ]
-            return concat(parts, axis)
+            mesh, axis, blocks = parameter.device_mesh, placement.dim, int(placement.split_factor)
+            count, rank = mesh.size(dim), mesh.get_local_rank(dim)
+            return concat([b.chunk(count, axis)[rank] for b in source.chunk(blocks, axis)], axis)
     sizes, starts = compute_local_shape_and_global_offset(
         parameter.shape, parameter.device_mesh, parameter.placements
     )
