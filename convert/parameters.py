@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from math import prod
 
 from .architecture import Architecture
 from .boxes import Ints
@@ -301,6 +302,23 @@ def _of_experts(a: Architecture, parameters: list[Parameter], prefix: str) -> di
         for expert in range(a.num_experts or 0 if shapes else 0)
         for name, shape in shapes
     }
+
+
+def num_active_parameters(a: Architecture) -> int:
+    """Parameters that one token goes through: of experts, as many as are chosen.
+
+    Layers that predict further tokens are left out; of the vocabulary's padding nothing is.
+    """
+    total = 0
+    for name, shape in expected(a).items():
+        parameter = find(name)
+        assert parameter is not None, name
+        if name.startswith("mtp."):
+            continue
+        if parameter.of_expert and not name.partition(".mlp.experts.")[2].startswith("0."):
+            continue
+        total += prod(shape) * (a.moe_router_topk if parameter.of_expert else 1)
+    return total
 
 
 def check_complete(shapes: Mapping[str, Ints], architecture: Architecture) -> None:
