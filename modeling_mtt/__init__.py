@@ -33,6 +33,7 @@ from .modeling_mtt import (
     MTTModel,
     MTTPreTrainedModel,
 )
+from .parallel_mtt import expert_parallelism
 
 transformers.AutoConfig.register(MTTConfig.model_type, MTTConfig, exist_ok=True)
 MTTConfig.register_for_auto_class("AutoConfig")
@@ -72,5 +73,6 @@ __all__ = [
     "MTTForTokenClassification",
     "MTTModel",
     "MTTPreTrainedModel",
+    "expert_parallelism",
     "register_with_vllm",
 ]
