@@ -425,6 +425,11 @@ def _convert(commands: argparse._SubParsersAction[_Parser]) -> None:
     )
     _add_replicated(parser)
     parser.add_argument(
+        "--drop-mtp",
+        action="store_true",
+        help="leave out layers that predict further tokens (default: keep them)",
+    )
+    parser.add_argument(
         "--workers", type=int, metavar="N", help="threads (default: CPUs, at most 8)"
     )
     parser.add_argument(

@@ -2,6 +2,7 @@
 
     formats.find        which format is it, which folder           bytes on disk
     reader.open_folder  shards, names as in the files              -> RawCheckpoint
+    experts             every expert under a name with its number
     dialects            canonical names, and which generation has the files' own
     topology, row_order     layer numbers, order of rows, joins        -> Checkpoint
     hf_source           all of this for a Hugging Face folder      -> Checkpoint
@@ -21,6 +22,7 @@ from typing import Any, TypedDict, Unpack
 
 from . import (
     dialects,
+    experts,
     formats,
     hf_folder,
     hf_source,
@@ -36,11 +38,13 @@ from .arguments import (
     architecture_from_args,
     architecture_from_shapes,
     low_precision,
+    notes,
     unknown_arguments,
 )
 from .checkpoint import Checkpoint, RawCheckpoint
 from .conversion import Conversion
 from .documents import source_facts
+from .dropping import without_mtp
 from .errors import InconsistentError, UsageError
 from .execute import Progress, run
 from .formats import epfl
@@ -95,18 +99,19 @@ def open_checkpoint(
     raw = reader.open_folder(place, frozenset(skip_keys))
     if epfl.is_epfl(raw):
         raw = epfl.in_core_words(raw)
+    raw = replace(raw, shards=experts.numbered(raw.shards))
     names = {name for shard in raw.shards for name in shard.tensors}
     dialect = dialects.detect(names)
     shards = dialects.canonical(dialect, raw.shards)
     overrides = overrides or {}
     if raw.args is None and dialect.has_tied_copy(names):
         overrides = {"untie_embeddings_and_output_weights": False, **overrides}
-    tp = 1 + max(shard.tp for shard in shards)
+    tp, etp = (1 + max(getattr(s, rank) for s in shards) for rank in ("tp", "expert_tp"))
     held = topology.holders(topology.number_layers(shards))
-    shapes = topology.joined_shapes(held, tp)
-    notes: tuple[str, ...] = ()
+    shapes = topology.joined_shapes(held, tp, etp)
+    remarks: tuple[str, ...] = ()
     if dialect.arguments:
-        args, notes = dialect.arguments(raw.args or {}, shapes, overrides)
+        args, remarks = dialect.arguments(raw.args or {}, shapes, overrides)
         shards = [replace(shard, args=None) for shard in raw.shards]
         raw = replace(raw, args=args, shards=tuple(shards))
     architecture = _architecture(raw, shapes, overrides, legacy=not dialect.is_core)
@@ -114,7 +119,7 @@ def open_checkpoint(
     held = row_order.in_head_order(held, order, architecture, raw.layout.tp, tp)
     if raw.has_up_first or dialect.has_up_first(names):
         held = row_order.gate_first(held, architecture, raw.layout.tp, tp)
-    tensors, copies = topology.join(held, tp, architecture, dialect.summed)
+    tensors, copies = topology.join(held, tp, etp, architecture, dialect.summed)
     parameters.check_complete({n: t.shape for n, t in tensors.items()}, architecture)
     tied = topology.TIED_HEAD in held and topology.TIED_HEAD not in tensors
     dropped = dict(raw.dropped) | ({"tied copy": (topology.TIED_HEAD,)} if tied else {})
@@ -131,7 +136,12 @@ def open_checkpoint(
         args=raw.args or {},
         replicas=copies,
         dropped=dropped,
-        warnings=(*notes, *_unknown_arguments(raw), *low_precision(raw.args or {})),
+        warnings=(
+            *remarks,
+            *notes(raw.args or {}, overrides),
+            *_unknown_arguments(raw),
+            *low_precision(raw.args or {}),
+        ),
         evidence=(*raw.evidence, f"names like {shown}", reason),
         num_files=raw.num_files,
         iterations=raw.iterations,
@@ -257,6 +267,7 @@ def convert(
     tokenizer: str | None = None,
     replicated: str | None = None,
     qkv_order: str = row_order.AUTO,
+    drop_mtp: bool = False,
     num_workers: int = 1,
     overwrite: bool = False,
     keep_same: bool = False,
@@ -283,6 +294,7 @@ def convert(
             `megatron_folder`.
         replicated: `error` if ranks hold different copies of a parameter, or take the `first` or
             the `average`; None: `average` for DeepSpeed's checkpoints, else `error`.
+        drop_mtp: leave out layers that predict further tokens.
         num_workers: threads; each holds about 2 MB. A target on the Hub has one that converts.
         overwrite: replace an earlier conversion in `target`.
         keep_same: leave a folder alone that holds exactly what would be written.
@@ -317,6 +329,7 @@ def convert(
         skip_keys=skip_keys,
         qkv_order=qkv_order,
     )
+    checkpoint = without_mtp(checkpoint) if drop_mtp else checkpoint
     checkpoint, policy = replicas.settle(checkpoint, replicated)
     conversion = plan_conversion(
         checkpoint,
@@ -370,6 +383,7 @@ def convert(
             num_workers=num_workers,
             algorithm=algorithm,
             progress=progress,
+            file_by_file=isinstance(sink, HubSink),
         )
         sink.finish()
     hashes = {name: file["tensors"] for name, file in sink.manifest["files"].items()}

@@ -15,13 +15,17 @@ import errno
 import fcntl
 import os
 import threading
-import zlib
 from operator import itemgetter
 from typing import Any
 
 from . import manifest
 from .errors import TargetError
 from .plan import PlannedFile, PlannedTensor
+
+try:  # ten times as fast
+    from zlib_ng.zlib_ng import crc32
+except ImportError:
+    from zlib import crc32
 
 LOCK = ".mtt.lock"
 
@@ -62,7 +66,7 @@ class FileWriter:
             raise self._error(error) from error
         if tensor.checksum_at:
             key = file.name, tensor.name
-            self._checksums[key] = zlib.crc32(data, self._checksums.get(key, 0))
+            self._checksums[key] = crc32(data, self._checksums.get(key, 0))
 
     def _descriptor(self, file: PlannedFile) -> int:
         with self.mutex:

@@ -12,6 +12,7 @@ from typing import Any
 from ..checkpoint import Checkpoint
 from ..cli import LAYOUT_OPTIONS, source_options
 from ..conversion import Conversion
+from ..dropping import without_mtp
 from ..errors import UsageError
 from ..hf_source import is_hf_folder
 from ..hub import is_hub
@@ -51,7 +52,8 @@ def run(args: argparse.Namespace) -> int:
     }
     source = source_options(args)
     if args.dry_run:
-        checkpoint, _ = settle(open_checkpoint(args.source, **source), args.replicated)
+        opened = open_checkpoint(args.source, **source)
+        checkpoint, _ = settle(without_mtp(opened) if args.drop_mtp else opened, args.replicated)
         conversion = plan_conversion(checkpoint, **choices)
         if part is not None:
             conversion = replace(conversion, plan=share(conversion.plan, part))
@@ -59,6 +61,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     choices |= {
         "replicated": args.replicated,
+        "drop_mtp": args.drop_mtp,
         "num_workers": workers,
         "overwrite": args.overwrite,
         "hash_name": args.hash,
