@@ -56,6 +56,13 @@ def missing_arguments(names: Iterable[str], message: str) -> UsageError:
         "bias_gelu_fusion": "True",
         "gpt_j_residual": "True",
         "untie_embeddings_and_output_weights": "True",
+        "kv_lora_rank": "512",
+        "qk_head_dim": "128",
+        "qk_pos_emb_head_dim": "64",
+        "v_head_dim": "128",
+        "rotary_scaling_factor": "40",
+        "mscale": "1.0",
+        "mscale_all_dim": "1.0",
     }
     notes = {
         "bias_gelu_fusion": "True: GELU by tanh, False: exact GELU; or squared_relu=True",
