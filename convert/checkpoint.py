@@ -101,13 +101,15 @@ class RawCheckpoint:
 class Replicas:
     """Tensors that must hold the same bytes: copies of one parameter on several ranks.
 
-    `tied` marks the output layer that the last stage holds as a copy of the embedding.
+    `tied` marks the output layer that the last stage holds as a copy of the embedding; `within`
+    says that all are of one file set, where no policy for ranks applies.
     """
 
     name: str
     tensors: tuple[LazyTensor, ...]
     where: tuple[str, ...]
     tied: bool = False
+    within: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -183,6 +183,7 @@ class Rope:
         optional: whether `position_embedding_type` says if there are rotary positions at all.
         interleaved: the field that says whether neighbours are pairs, where there is one.
         yarn: whether the class has YaRN as Megatron's latent attention has it.
+        base: the base where the configuration does not say.
     """
 
     partial: bool = False
@@ -192,6 +193,7 @@ class Rope:
     optional: bool = False
     interleaved: str | None = None
     yarn: bool = False
+    base: float = 10000.0
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -217,7 +219,7 @@ class Rope:
                 found=f"rope_parameters for {', '.join(map(str, nested))}",
                 expected="one kind in all layers",
             )
-        base = _first(rope.get("rope_theta"), config.get(self.old_base), 10000.0)
+        base = _first(rope.get("rope_theta"), config.get(self.old_base), self.base)
         percent = _first(
             rope.get("partial_rotary_factor"), config.get(self.old_percent), self.percent
         )
