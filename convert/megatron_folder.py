@@ -310,12 +310,13 @@ class _Writer:
         is_t5 = architecture.kind == "t5"
         self._modules: Modules = dialect.T5_MODULES if is_t5 else dialect.MODULES
         self._num_local = (architecture.num_experts or 0) // target.layout.ep
-        self._of_stage = {
-            (stage, ep): [name for name in names if self._has(name, ep)]
-            for stage in stages
-            for names in [topology.stage_names(tensors, stage)]
-            for ep in range(target.layout.ep)
-        }
+        self._of_stage: dict[tuple[Stage, int], list[str]] = {}
+        for stage in stages:
+            parts: list[list[str]] = [[] for _ in range(target.layout.ep)]
+            for name in topology.stage_names(tensors, stage):
+                for part in parts if not topology.is_of_expert(name) else [parts[self._rank(name)]]:
+                    part.append(name)
+            self._of_stage |= {(stage, ep): part for ep, part in enumerate(parts)}
 
     def arguments(self, rank: int) -> dict[str, object]:
         """The arguments that a rank stores."""
@@ -348,11 +349,9 @@ class _Writer:
             return 1, 0
         return self._layout.tp, rank % self._layout.tp
 
-    def _has(self, name: str, ep: int) -> bool:
-        """Whether an expert-parallel rank has a parameter of its stage."""
-        if not topology.is_of_expert(name):
-            return True
-        return topology.expert_number(name) // self._num_local == ep
+    def _rank(self, name: str) -> int:
+        """The expert-parallel rank that has a parameter of an expert."""
+        return topology.expert_number(name) // self._num_local
 
     def _state_dict(self, stage: Stage, rank: int) -> dict[str, Weight | None]:
         held = {}
