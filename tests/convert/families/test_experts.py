@@ -200,6 +200,7 @@ def test_they_are_left_out_on_request(case: Case, tmp_path: Path) -> None:
         assert bytes_of(tmp_path / to) == bytes_of(tmp_path / f"{to}-without")
         configs = [(tmp_path / f / "config.json").read_text() for f in (to, f"{to}-without")]
         assert configs[0] == configs[1]
+    assert from_megatron(tmp_path / "source", drop_mtp=True, tokenizer="none").model.mtp is None
     replace(case, further=0).save(tmp_path / "plain")
     convert(tmp_path / "plain", tmp_path / "same", model_type=case.family, drop_mtp=True)
 
