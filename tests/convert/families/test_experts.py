@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +29,7 @@ from mtt_convert import (
 from mtt_convert.cli import main
 from mtt_convert.families import FAMILIES
 from mtt_convert.logits import compare_logits
+from mtt_convert.parameters import expected
 from tests.convert.families.natives import (
     CASES,
     WITH_EXPERTS,
@@ -36,6 +38,7 @@ from tests.convert.families.natives import (
     further_logits,
     model_class,
 )
+from tests.convert.families.published import PUBLISHED
 
 WEIGHTS = "model.safetensors"
 FURTHER = [case for case in CASES if case.further]
@@ -51,6 +54,28 @@ def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> N
 
 def bytes_of(folder: Path) -> bytes:
     return (folder / WEIGHTS).read_bytes()
+
+
+# ---- published models
+
+
+@pytest.mark.parametrize(
+    ("config", "count"),
+    PUBLISHED,
+    ids=lambda value: value["model_type"] if isinstance(value, dict) else "",
+)
+def test_a_published_model_has_as_many_parameters_as_it_is_said_to(
+    config: dict[str, Any], count: int
+) -> None:
+    """All that is in its files: layers for further tokens, and copies, too."""
+    family = FAMILIES[config["model_type"]]
+    a = family.architecture(config)
+    assert (family.misfits(a), family.warnings(config)) == ((), ())
+    shapes = expected(a)
+    tables = 2 * a.padded_vocab_size * a.hidden_size * a.mtp_num_layers
+    assert len(family.copies(a)) == 2 * a.mtp_num_layers
+    assert sum(math.prod(shape) for shape in shapes.values()) + tables == count
+    assert family.architecture(family.config(a)).forward_pass() == a.forward_pass()
 
 
 # ---- experts in one tensor per layer
