@@ -13,6 +13,10 @@ from .parameters import num_active_parameters
 from .tokenizer import Tokenizer
 from .version import __version__
 
+_TASKS = {
+    "AutoModelForCausalLM": "text-generation",
+    "AutoModelForSeq2SeqLM": "text2text-generation",
+}
 _MOST_GPUS = 8  # of the example: those of one machine
 Rows = list[tuple[str, object]]
 
@@ -41,7 +45,7 @@ def model_card(
 ---
 # license: fill in the identifier of yours, see https://huggingface.co/docs/hub/repositories-licenses
 library_name: transformers
-pipeline_tag: text-generation
+pipeline_tag: {_TASKS[family.auto_class]}
 tags:
 {_list(_tags(checkpoint, family))}
 ---
@@ -95,7 +99,8 @@ def _model_rows(a: Architecture, num_parameters: int, dtype: str) -> Rows:
     return [
         ("Parameters", f"{num_parameters:,}"),
         ("Parameters that a token uses", active_text(written)),
-        ("Layers", a.num_layers),
+        ("Encoder layers", a.encoder_num_layers or None),
+        ("Decoder layers" if a.encoder_num_layers else "Layers", a.num_layers),
         ("Hidden size", a.hidden_size),
         ("MLP size", f"{a.ffn_hidden_size}{gate}"),
         ("Experts", experts_text(a)),
@@ -105,6 +110,7 @@ def _model_rows(a: Architecture, num_parameters: int, dtype: str) -> Rows:
         ("Norm of queries and keys", "yes" if a.qk_layernorm else None),
         ("Activation", a.activation),
         ("Norm", f"{a.normalization}, epsilon {a.layernorm_epsilon:g}{centred}"),
+        ("Norm after the last layers", None if a.final_layernorm else "none"),
         ("Norm after the embedding", "yes" if a.embedding_norm else None),
         ("Residuals", "parallel" if a.parallel_residual else None),
         ("Biases", biases if a.has_qkv_bias else "none"),
@@ -158,7 +164,12 @@ def active_text(a: Architecture) -> str | None:
 def _positions(a: Architecture) -> str:
     length = f"{a.max_position_embeddings:,}"
     if a.position_embedding_type != "rope":
-        others = {"none": "none", "alibi": f"ALiBi, trained on {length}"}
+        buckets, most = a.relative_attention_num_buckets, a.relative_attention_max_distance
+        others = {
+            "none": "none",
+            "alibi": f"ALiBi, trained on {length}",
+            "relative": f"relative, {buckets} buckets up to {most} tokens, trained on {length}",
+        }
         return others.get(a.position_embedding_type, f"learned, {length}")
     facts = [f"rotary, {length}", f"base {a.rotary_base:g}"]
     if a.rotary_percent != 1:
@@ -215,19 +226,21 @@ With `pip install modeling-mtt` and `import modeling_mtt`, `trust_remote_code` i
 
 def _python(family: Family, tokenizer: Tokenizer) -> str:
     trust = ", trust_remote_code=True" if family.code else ""
+    auto = family.auto_class
     if not tokenizer.files:
         return f"""\
-from transformers import AutoModelForCausalLM
+from transformers import {auto}
 
 path = "FOLDER"
-model = AutoModelForCausalLM.from_pretrained(path, device_map="auto"{trust})"""
+model = {auto}.from_pretrained(path, device_map="auto"{trust})"""
+    prompt = "Once upon a <extra_id_0>." if family.kind == "t5" else "Once upon a time"
     return f"""\
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {auto}, AutoTokenizer
 
 path = "FOLDER"
-model = AutoModelForCausalLM.from_pretrained(path, device_map="auto"{trust})
+model = {auto}.from_pretrained(path, device_map="auto"{trust})
 tokenizer = AutoTokenizer.from_pretrained(path{trust})
-inputs = tokenizer("Once upon a time", return_tensors="pt").to(model.device)
+inputs = tokenizer("{prompt}", return_tensors="pt").to(model.device)
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=32)[0]))"""
 
 
@@ -237,22 +250,24 @@ def _several(a: Architecture, family: Family) -> str:
     if tp == 1:
         return ""
     plugin = " (`pip install modeling-mtt` beside vLLM)" if family.code else ""
+    # vLLM runs no encoder-decoder of transformers.
+    serve = f"$ vllm serve FOLDER --tensor-parallel-size {tp}\n" if family.kind == "gpt" else ""
+    both = f"With vLLM{plugin}, and with mtt:" if serve else "With mtt:"
     return f"""\
 On several GPUs, {tp} for example, started by `torchrun --nproc-per-node {tp} script.py`:
 
 ```python
 {"import modeling_mtt" if family.code else "# script.py"}
-from transformers import AutoModelForCausalLM
+from transformers import {family.auto_class}
 from transformers.distributed import DistributedConfig
 
 config = DistributedConfig(tp_size={tp})
-model = AutoModelForCausalLM.from_pretrained("FOLDER", distributed_config=config)
+model = {family.auto_class}.from_pretrained("FOLDER", distributed_config=config)
 ```
 
-With vLLM{plugin}, and with mtt:
+{both}
 
 ```console
-$ vllm serve FOLDER --tensor-parallel-size {tp}
-$ mtt generate FOLDER --tp {tp} --prompt "Once upon a time"
+{serve}$ mtt generate FOLDER --tp {tp} --prompt "Once upon a time"
 ```
 """

@@ -73,7 +73,7 @@ def _print(checkpoint: Checkpoint) -> None:
             ("active", active_text(a)),
             ("size", size(checkpoint.num_bytes)),
             ("dtypes", ", ".join(f"{n} x {d}" for d, n in _dtypes(checkpoint).items())),
-            ("layers", a.num_layers),
+            ("layers", _layers(a)),
             ("hidden", a.hidden_size),
             ("attention", f"{a.num_attention_heads} heads of {a.kv_channels}"),
             ("groups", f"{a.num_query_groups}{', qk layernorm' if a.qk_layernorm else ''}"),
@@ -81,7 +81,7 @@ def _print(checkpoint: Checkpoint) -> None:
             ("mlp", f"{a.ffn_hidden_size}, {kind}{a.activation}"),
             ("experts", experts_text(a)),
             ("further tokens", a.mtp_num_layers or None),
-            ("norm", f"{a.normalization}, eps {a.layernorm_epsilon:g}"),
+            ("norm", _norms(a)),
             ("positions", f"{a.position_embedding_type}, {a.max_position_embeddings}"),
             ("windows", _windows(a)),
             ("biases", biases),
@@ -91,6 +91,17 @@ def _print(checkpoint: Checkpoint) -> None:
             ("left out", dropped_text(checkpoint.dropped)),
         )
     )
+
+
+def _layers(a: Architecture) -> str:
+    if a.kind != "t5":
+        return str(a.num_layers)
+    return f"{a.encoder_num_layers} in the encoder, {a.num_layers} in the decoder: a T5"
+
+
+def _norms(a: Architecture) -> str:
+    final = "" if a.final_layernorm else ", none after the last layers"
+    return f"{a.normalization}, eps {a.layernorm_epsilon:g}{final}"
 
 
 def _windows(a: Architecture) -> str:

@@ -1,4 +1,4 @@
-"""Load checkpoints into Megatron-Core's own GPTModel and compute logits with it.
+"""Load checkpoints into Megatron-Core's own GPTModel or T5Model and compute logits with it.
 
     torchrun --nproc-per-node 4 load_and_run.py CASES RESULTS
 
@@ -9,8 +9,9 @@ whole experts), `logits`, `num_tokens` (logits to compare: the others are of pad
 of logits has some of further tokens, `mtp0_logits` and so on, those are compared too.
 
 The model is built from the checkpoint's own `args`, as `core_transformer_config_from_args` and
-`gpt_builder` do; only the parallel sizes are the case's. Every parameter starts as NaN, so one
-that is not loaded shows in the logits.
+`gpt_builder` or pretrain_t5.py do; only the parallel sizes are the case's, and `final_layernorm`:
+whether the blocks of a T5 end with a norm, as they do where Transformer Engine is installed.
+Every parameter starts as NaN, so one that is not loaded shows in the logits.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import sys
 import time
 import traceback
 from argparse import Namespace
+from copy import deepcopy
 from datetime import timedelta
 from itertools import groupby
 from pathlib import Path
@@ -38,8 +40,14 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_mtp_block_spec,
 )
+from megatron.core.models.T5 import T5Model
+from megatron.core.models.T5.t5_spec import (
+    get_t5_decoder_with_local_block_spec,
+    get_t5_encoder_with_local_block_spec,
+)
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnBackend
+from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 from torch.distributed.checkpoint.api import CheckpointException  # a BaseException
 from torch.nn.functional import gelu, silu
@@ -94,9 +102,11 @@ def transformer_config(args: Namespace, case: dict[str, Any]) -> TransformerConf
     return kind(**fields)
 
 
-def build_chunks(args: Namespace, case: dict[str, Any]) -> list[GPTModel]:
-    """This rank's part of the model, one GPTModel per virtual pipeline stage."""
+def build_chunks(args: Namespace, case: dict[str, Any]) -> list[GPTModel | T5Model]:
+    """This rank's part of the model, one GPTModel per virtual pipeline stage, or a T5Model."""
     config = transformer_config(args, case)
+    if args.decoder_num_layers is not None:
+        return [build_t5(args, config, case)]
     spec: Any = get_gpt_layer_local_spec(
         qk_layernorm=config.qk_layernorm, normalization=config.normalization
     )
@@ -132,6 +142,34 @@ def build_chunks(args: Namespace, case: dict[str, Any]) -> list[GPTModel]:
             torch.nn.init.constant_(parameter, float("nan"))
         chunks.append(chunk.eval())
     return chunks
+
+
+def build_t5(args: Namespace, config: TransformerConfig, case: dict[str, Any]) -> T5Model:
+    """This rank's part of a T5."""
+    encoder_config = deepcopy(config)
+    encoder_config.num_layers = args.encoder_num_layers
+    config.num_layers = args.decoder_num_layers
+    specs = (
+        get_t5_encoder_with_local_block_spec(encoder_config.num_layers),
+        get_t5_decoder_with_local_block_spec(config.num_layers),
+    )
+    for spec in specs:
+        spec.layer_norm = WrappedTorchNorm if case["final_layernorm"] else None
+    model = T5Model(
+        config=config,
+        encoder_config=encoder_config,
+        transformer_encoder_layer_spec=specs[0],
+        transformer_decoder_layer_spec=specs[1],
+        vocab_size=args.padded_vocab_size,
+        max_sequence_length=args.max_position_embeddings,
+        parallel_output=True,
+        share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
+        position_embedding_type=args.position_embedding_type,
+        rotary_percent=args.rotary_percent,
+    )
+    for parameter in model.parameters():
+        torch.nn.init.constant_(parameter, float("nan"))
+    return model.eval()
 
 
 def chunk_keys(chunks: list[GPTModel]) -> list[str]:
@@ -180,12 +218,25 @@ def load_torch_dist(folder: Path, case: dict[str, Any]) -> tuple[Namespace, list
 
 
 @torch.no_grad()
-def logits(args: Namespace, chunks: list[GPTModel], input_ids: torch.Tensor) -> torch.Tensor | None:
+def logits(
+    args: Namespace, chunks: list[GPTModel | T5Model], reference: dict[str, np.ndarray]
+) -> torch.Tensor | None:
     """[batch, sequence, vocabulary] on the last pipeline stage; None on the others.
 
     With layers for further tokens, the logits of each follow those of the model along the sequence.
     """
+    input_ids = torch.from_numpy(reference["input_ids"]).long()
     batch, length = input_ids.shape
+    if isinstance(chunks[0], T5Model):
+        decoder_ids = torch.from_numpy(reference["decoder_input_ids"]).long()
+        size = decoder_ids.shape[1]
+        seen = torch.ones(batch, length, dtype=torch.bool)
+        if "encoder_attention_mask" in reference:
+            seen = torch.from_numpy(reference["encoder_attention_mask"]).bool()
+        hidden = ~(seen[:, None, :, None] & seen[:, None, None, :])
+        causal = torch.ones(size, size, dtype=torch.bool).triu(1).expand(batch, 1, size, size)
+        nothing = torch.zeros(batch, 1, size, length, dtype=torch.bool)
+        return gathered(chunks[0](input_ids, decoder_ids, hidden, causal, nothing))
     positions = torch.arange(length).expand(batch, length)
     mask = torch.ones(length, length, dtype=torch.bool).triu(1)[None, None]
     hidden = torch.empty(length, batch, args.hidden_size)
@@ -202,6 +253,11 @@ def logits(args: Namespace, chunks: list[GPTModel], input_ids: torch.Tensor) -> 
             dist.send(output.contiguous(), after)
     if not chunks[-1].post_process:
         return None
+    return gathered(output)
+
+
+def gathered(output: torch.Tensor) -> torch.Tensor:
+    """The logits of all tensor-parallel ranks."""
     group = parallel_state.get_tensor_model_parallel_group()
     parts = [torch.empty_like(output) for _ in range(dist.get_world_size(group))]
     dist.all_gather(parts, output.contiguous(), group=group)
@@ -222,7 +278,7 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
     if not any("error" in one for one in everyone):
         reference = np.load(case["logits"])
         name = "logits_fp32" if "logits_fp32" in reference else "logits"
-        ours = logits(args, chunks, torch.from_numpy(reference["input_ids"]).long())
+        ours = logits(args, chunks, dict(reference))
         if ours is not None:
             parts = ours.split(reference["input_ids"].shape[1], dim=1)
             found = [difference(parts[0], reference[name], case["num_tokens"])]
