@@ -181,7 +181,7 @@ def further_logits(case: Case, folder: Path, input_ids: torch.Tensor) -> list[to
     The k-th has logits for all tokens that have k + 1 after them.
     """
     layers = transformers.modeling_layers
-    if not hasattr(layers, "MtpModel"):
+    if not hasattr(getattr(layers, "MtpModel", None), "forward_layer"):
         return []
     native_class = model_class(case.family)
     with pytest.MonkeyPatch.context() as patch:  # the class knows its published sizes only
