@@ -12,7 +12,7 @@ import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from modeling_mtt import AUTO_MAP, MTTConfig
+from modeling_mtt import AUTO_MAP, MTTConfig, MTTSeq2SeqConfig
 from mtt_convert.architecture import ACTIVATIONS, NORMALIZATIONS, TRAINING_ONLY, Architecture
 from mtt_convert.errors import UnsupportedError
 from mtt_convert.families import FAMILIES, exact_families
