@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from .architecture import Architecture
 from .checkpoint import Checkpoint
 from .families import Family
 from .layouts import tensor_parallel_sizes
 from .manifest import NAME as MANIFEST
+from .parameters import num_active_parameters
 from .tokenizer import Tokenizer
 from .version import __version__
 
@@ -92,14 +95,18 @@ def _model_rows(a: Architecture, num_parameters: int, dtype: str) -> Rows:
     gate = ", gated" if a.gated_linear_unit else ""
     centred = ", weights stored minus one" if a.layernorm_zero_centered_gamma else ""
     biases = "all linear layers" if a.add_bias_linear else "queries, keys and values"
+    written = replace(a, padded_vocab_size=a.vocab_size or a.padded_vocab_size)
     return [
         ("Parameters", f"{num_parameters:,}"),
+        ("Parameters that a token uses", active_text(written)),
         ("Encoder layers", a.encoder_num_layers or None),
         ("Decoder layers" if a.encoder_num_layers else "Layers", a.num_layers),
         ("Hidden size", a.hidden_size),
         ("MLP size", f"{a.ffn_hidden_size}{gate}"),
+        ("Experts", experts_text(a)),
         ("Attention heads", f"{a.num_attention_heads} of {a.kv_channels}"),
-        ("Key/value heads", a.num_query_groups),
+        ("Key/value heads", None if a.multi_latent_attention else a.num_query_groups),
+        ("Latents", latents_text(a)),
         ("Norm of queries and keys", "yes" if a.qk_layernorm else None),
         ("Activation", a.activation),
         ("Norm", f"{a.normalization}, epsilon {a.layernorm_epsilon:g}{centred}"),
@@ -110,9 +117,48 @@ def _model_rows(a: Architecture, num_parameters: int, dtype: str) -> Rows:
         ("Positions", _positions(a)),
         ("Window", _window(a)),
         ("Vocabulary", f"{a.vocab_size or a.padded_vocab_size:,}"),
+        ("Layers that predict further tokens", a.mtp_num_layers or None),
         ("Head", "its own" if a.untie_embeddings_and_output_weights else "tied to the embedding"),
         ("Element type", dtype),
     ]
+
+
+def experts_text(a: Architecture) -> str | None:
+    """Experts, how many of them a token goes to, and what chooses them; None for a dense model."""
+    if a.num_experts is None:
+        return None
+    scores = "softmax of all" if a.moe_router_pre_softmax else a.moe_router_score_function
+    facts = [
+        f"{a.moe_router_topk} of {a.num_experts} by {scores}",
+        f"each of {a.moe_ffn_hidden_size}",
+        f"in {sum(a.moe_layers)} of {a.num_layers} layers",
+    ]
+    if a.moe_router_num_groups is not None:
+        facts.append(f"{a.moe_router_group_topk} of {a.moe_router_num_groups} groups")
+    if a.moe_router_topk_scaling_factor is not None:
+        facts.append(f"weights times {a.moe_router_topk_scaling_factor:g}")
+    if a.moe_shared_expert_intermediate_size is not None:
+        gate = ", gated" if a.moe_shared_expert_gate else ""
+        facts.append(f"a shared MLP of {a.moe_shared_expert_intermediate_size}{gate}")
+    return ", ".join(facts)
+
+
+def latents_text(a: Architecture) -> str | None:
+    """Sizes of latent attention; None where attention is not."""
+    if not a.multi_latent_attention:
+        return None
+    queries = "" if a.q_lora_rank is None else f", {a.q_lora_rank} for queries"
+    return (
+        f"{a.kv_lora_rank} for keys and values{queries}; heads of {a.qk_head_dim} and "
+        f"{a.qk_pos_emb_head_dim} rotated, values of {a.v_head_dim}"
+    )
+
+
+def active_text(a: Architecture) -> str | None:
+    """Parameters that take part in predicting one token; None where all do."""
+    if a.num_experts is None:
+        return None
+    return f"{num_active_parameters(a):,}"
 
 
 def _positions(a: Architecture) -> str:
@@ -130,6 +176,9 @@ def _positions(a: Architecture) -> str:
         facts.append(f"{a.rotary_percent:.0%} of each head")
     if a.rotary_interleaved:
         facts.append("interleaved")
+    if a.rope_type == "yarn":
+        length = f"{a.original_max_position_embeddings:,}"
+        facts.append(f"YaRN by {a.rotary_scaling_factor:g} from {length}")
     if a.rope_scaling_factor is not None:
         facts.append(f"Llama 3 scaling by {a.rope_scaling_factor:g}")
     if a.rotary_seq_len_interpolation_factor is not None:

@@ -385,7 +385,7 @@ def _convert(commands: argparse._SubParsersAction[_Parser]) -> None:
         "mtt convert /checkpoints/gpt out --all-iterations",
         "mtt convert /checkpoints/gpt out --resume     go on after an interruption",
         "mtt convert /checkpoints/gpt out --resume --part 3/8     one of eight machines",
-        "srun -n 64 mtt convert /checkpoints/gpt out --resume --part auto",
+        "mtt convert /checkpoints/gpt out --resume --part auto     under srun, torchrun, mpirun",
     )
     parser.add_argument("source", metavar="CKPT", help=_SOURCE)
     parser.add_argument(

@@ -13,6 +13,7 @@ from .documents import generation_config
 from .dropping import without_mtp
 from .errors import MTTError, UsageError
 from .execute import Progress, run
+from .in_memory import with_experts_together
 from .pipeline import open_checkpoint, plan_conversion
 from .plan import PlannedFile, PlannedTensor
 from .sharding import check_layout, compare_together, local_plan, placed
@@ -133,7 +134,7 @@ def from_megatron(
         _LOGGER.warning(warning)
     with init_empty_weights(include_buffers=False):
         model = model_class(config)
-    plan = conversion.plan
+    plan = with_experts_together(conversion.plan)
     if distributed:
         model = model_class.maybe_distribute_model(model, layout, mesh)
         plan = local_plan(plan, model)

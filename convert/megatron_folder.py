@@ -49,7 +49,7 @@ from .megatron_args import (
     precision_arguments,
 )
 from .ops import resize_rows
-from .parameters import COPIES, VOCABULARY
+from .parameters import COPIES, FLOAT32, VOCABULARY
 from .plan import ConversionPlan, parse_size
 from .t5_arguments import writable_impl
 from .tensors import LazyTensor
@@ -432,4 +432,6 @@ class _Writer:
 
     def _weight(self, name: str, part: LazyTensor) -> Weight:
         dtype = part.dtype if self._dtype == "auto" else DTYPES[self._dtype]
+        if name.endswith(FLOAT32):
+            dtype = DTYPES["float32"]
         return Weight(name, part, dtype)

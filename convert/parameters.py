@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from math import prod
 
 from .architecture import Architecture
 from .boxes import Ints
@@ -305,6 +306,9 @@ PARAMETERS = (
 )
 # Those with a row per token.
 VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight", "output_layer.bias")
+# Kept in float32 whatever the others are in: what is learnt of it is too small for fewer bits
+# (TopKRouter._maintain_float32_expert_bias, core/transformer/moe/router.py).
+FLOAT32 = ".router.expert_bias"
 # Modules that a T5 has under two names, and so stores twice -> the canonical one (T5Model.__init__,
 # models/T5/t5_model.py).
 COPIES = {
@@ -398,6 +402,23 @@ def layers_text(a: Architecture) -> str:
     if a.encoder_num_layers:
         return f"{a.encoder_num_layers} + {a.num_layers} layers"
     return f"{a.num_layers} layers"
+
+
+def num_active_parameters(a: Architecture) -> int:
+    """Parameters that one token goes through: of experts, as many as are chosen.
+
+    Layers that predict further tokens are left out; of the vocabulary's padding nothing is.
+    """
+    total = 0
+    for name, shape in expected(a).items():
+        parameter = find(name)
+        assert parameter is not None, name
+        if name.startswith("mtp."):
+            continue
+        if parameter.of_expert and not name.partition(".mlp.experts.")[2].startswith("0."):
+            continue
+        total += prod(shape) * (a.moe_router_topk if parameter.of_expert else 1)
+    return total
 
 
 def check_complete(shapes: Mapping[str, Ints], architecture: Architecture) -> None:

@@ -15,7 +15,7 @@ from .errors import InconsistentError, LayoutError, UsageError
 from .plan import ConversionPlan
 from .replicas import compare
 from .seq2seq import check_stages
-from .tensors import LazyTensor
+from .tensors import LazyTensor, concat
 
 if TYPE_CHECKING:
     import torch
@@ -108,9 +108,17 @@ def local_plan(plan: ConversionPlan, model: Model) -> ConversionPlan:
 def _slice(source: LazyTensor, parameter: torch.Tensor) -> LazyTensor:
     from torch.distributed.tensor import DTensor
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+    from torch.distributed.tensor.placement_types import _StridedShard
 
     if not isinstance(parameter, DTensor):
         return source
+    for dim, placement in enumerate(parameter.placements):
+        # Gate and up as one tensor: a process has its part of each.
+        if isinstance(placement, _StridedShard) and placement.split_factor != 1:
+            assert len(parameter.placements) == 1, parameter.placements
+            mesh, axis, blocks = parameter.device_mesh, placement.dim, int(placement.split_factor)
+            count, rank = mesh.size(dim), mesh.get_local_rank(dim)
+            return concat([b.chunk(count, axis)[rank] for b in source.chunk(blocks, axis)], axis)
     sizes, starts = compute_local_shape_and_global_offset(
         parameter.shape, parameter.device_mesh, parameter.placements
     )

@@ -212,7 +212,7 @@ def _parts(placement: Placement) -> str:
 
 def _facts(placement: Placement) -> dict[str, object]:
     layout = asdict(placement.layout)
-    del layout["vpp"]
+    del layout["vpp"], layout["etp"]
     return {
         **layout,
         "gpus": placement.num_gpus,

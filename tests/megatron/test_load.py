@@ -34,14 +34,16 @@ pytestmark = pytest.mark.slow
 
 @dataclass(frozen=True)
 class Layout:
-    """Tensor, pipeline and virtual pipeline sizes."""
+    """Tensor, pipeline, virtual pipeline and expert sizes; experts are not divided."""
 
     tp: int = 1
     pp: int = 1
     vpp: int = 1
+    ep: int = 1
 
     def __str__(self) -> str:
-        return f"tp{self.tp}pp{self.pp}" + (f"vpp{self.vpp}" if self.vpp > 1 else "")
+        name = f"tp{self.tp}pp{self.pp}" + (f"vpp{self.vpp}" if self.vpp > 1 else "")
+        return name + (f"ep{self.ep}" if self.ep > 1 else "")
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,10 @@ GOLDENS = [
     ),
     Case("mcore/t5/tp2/torch", Layout(2)),
     Case("mcore-te/t5_te/tp2/torch_dist", Layout(4), ("rng_state", *_OF_T5_TE_NORMS)),
+    Case("mcore/mixtral/ep2/torch", Layout(ep=2)),
+    Case("mcore/mixtral/tp2ep2/torch_dist", Layout(1, 2, ep=2)),
+    Case("mcore/mla/tp2pp1/torch_dist", Layout(2, ep=2)),
+    Case("mcore/mtp/tp2pp2/torch", Layout(2, 2)),
 ]
 
 
@@ -133,6 +139,7 @@ class Written:
             tp=self.layout.tp,
             pp=self.layout.pp,
             vpp=self.layout.vpp,
+            **({"ep": self.layout.ep, "etp": 1} if self.layout.ep > 1 else {}),
             transformer_impl=self.transformer_impl,
             pipeline_model_parallel_layout=self.pipeline_layout,
             **options,
@@ -174,6 +181,15 @@ WRITTEN = [
     Written(_T5_TE, "torch_dist", Layout(4), Layout(1), _TE),
     Written(_LEGACY_T5, "torch", Layout(2), through_hf=True),
     Written(_LEGACY_T5, "torch_dist", Layout(1), Layout(4)),
+    Written("mcore/mixtral/ep2/torch", "torch", Layout(2, 2, ep=2)),
+    Written("mcore/mixtral/tp2ep2/torch_dist", "torch_dist", Layout(1, 2, ep=2), Layout(2, ep=2)),
+    Written("mcore/moe_mixed/ep2/torch_dist", "torch", Layout(1, 2, ep=2)),
+    Written("mcore/moe_mixed/singleton_ep2/torch_dist", "torch_dist", Layout(2, 2), Layout(ep=2)),
+    Written("mcore/mla/tp2pp1/torch", "torch", Layout(2, 2, ep=2)),
+    Written("mcore/mla/tp2pp1/torch_dist", "torch_dist", Layout(2, 2), Layout(1, 2, ep=2)),
+    Written("mcore/mla/tp2pp1/torch", "torch_dist", Layout(2), through_hf=True),
+    Written("mcore/mtp/tp2pp2/torch", "torch", Layout(1, 2)),
+    Written("mcore/mtp/tp2pp2/torch", "torch_dist", Layout(2), Layout(2, 2)),
 ]
 NATIVES = [case for case in natives.CASES if not case.beyond_megatron]
 SEQ2SEQ = [model for model in seq2seq_models.MODELS if not model.needs_te]
@@ -335,13 +351,18 @@ def native_job(case: natives.Case, folder: Path) -> dict[str, Any]:
     input_ids = torch.randint(model.config.vocab_size, (2, 24))
     with torch.no_grad():
         logits = model(input_ids).logits
-    np.savez(folder / "logits.npz", input_ids=input_ids, logits=logits)
-    convert(folder / "hf", folder / "out", to="torch", tp=2, pp=2, transformer_impl="local")
+    further = natives.further_logits(case, folder / "hf", input_ids) if case.further else []
+    named = {f"mtp{number}_logits": one for number, one in enumerate(further)}
+    np.savez(folder / "logits.npz", input_ids=input_ids, logits=logits, **named)
+    ep = {"ep": 2, "etp": 1} if case.family in natives.WITH_EXPERTS else {}
+    options = {"to": "torch", "tp": 2, "pp": 2, "transformer_impl": "local", **ep}
+    convert(folder / "hf", folder / "out", **options)
     return {
         "checkpoint": str(folder / "out"),
         "tp": 2,
         "pp": 2,
         "vpp": 1,
+        "ep": ep.get("ep", 1),
         "logits": str(folder / "logits.npz"),
         "num_tokens": model.config.vocab_size,
         "left_over": [],
@@ -374,6 +395,7 @@ def job(golden: Golden, name: str, checkpoint: Path, layout: Layout) -> dict[str
         "tp": layout.tp,
         "pp": layout.pp,
         "vpp": layout.vpp,
+        "ep": layout.ep,
         "logits": str(golden(f"{logits}.npz")),
         "num_tokens": NUM_TOKENS[kind],
         "left_over": [],
