@@ -232,18 +232,13 @@ class MTTModel(MTTPreTrainedModel):
         """Refuse to predict further tokens where there is nothing to do so with.
 
         Raises:
-            `ValueError`: the model has no heads, or stages of a pipeline.
+            `ValueError`: the model has no heads.
         """
         if self.mtp is None:
             raise ValueError(
                 "The model has no heads that predict further tokens: found "
                 f"num_nextn_predict_layers {self.config.num_nextn_predict_layers}, expected 1 or "
                 "more. Load a checkpoint that has them, and leave that field alone."
-            )
-        if any(isinstance(layer, nn.Identity) for layer in self.layers):
-            raise ValueError(
-                "Heads that predict further tokens need the embedding and the head in one process: "
-                "found stages of a pipeline, expected pp_size 1."
             )
 
     def create_masks(
