@@ -63,16 +63,16 @@ class MTTCausalLMOutputWithPast(CausalLMOutputWithPast):
     """`CausalLMOutputWithPast`, and what only some models have.
 
     Attributes:
-        aux_loss (`torch.FloatTensor`, *optional*): 1 where a mixture's experts get as many tokens.
-        router_logits (`tuple[torch.FloatTensor]`, *optional*): of each sparse layer,
+        aux_loss (`torch.Tensor`, *optional*): 1 where a mixture's experts get as many tokens.
+        router_logits (`tuple[torch.Tensor]`, *optional*): of each sparse layer,
             `[batch * sequence, num_experts]`.
-        mtp_logits (`tuple[torch.FloatTensor]`, *optional*): of each head that predicts further
+        mtp_logits (`tuple[torch.Tensor]`, *optional*): of each head that predicts further
             tokens, `[batch, kept, vocab_size]`: the first says what comes after the next token.
     """
 
-    aux_loss: torch.FloatTensor | None = None
-    router_logits: tuple[torch.FloatTensor, ...] | None = None
-    mtp_logits: tuple[torch.FloatTensor, ...] | None = None
+    aux_loss: torch.Tensor | None = None
+    router_logits: tuple[torch.Tensor, ...] | None = None
+    mtp_logits: tuple[torch.Tensor, ...] | None = None
 
 
 MASK_FUNCTIONS: dict[str, Callable] = {

@@ -69,7 +69,8 @@ def check_parallel_sizes(config: MTTConfig, distributed_config: DistributedConfi
     if pp_size > 1 and getattr(config, "num_nextn_predict_layers", 0):
         raise ValueError(
             "Heads that predict further tokens need the embedding and the head in one process: "
-            f"found pp_size {pp_size} and num_nextn_predict_layers {config.num_nextn_predict_layers}. "
+            f"found pp_size {pp_size} and num_nextn_predict_layers "
+            f"{config.num_nextn_predict_layers}. "
             "Load the model with num_nextn_predict_layers=0, or with pp_size 1."
         )
     if ep_size > 1:

@@ -30,7 +30,7 @@ ROOT = HERE.parents[1]
 DOCUMENT = ROOT / "docs" / "transformers-tests.md"
 VERSION = importlib.metadata.version("transformers")
 
-SHAPES = ("GPT", "LlamaLike", "NemotronLike")
+SHAPES = ("GPT", "LlamaLike", "NemotronLike", "MoELike")
 YARDSTICK = "Llama"
 SLOW = ("fsdp2", "hsdp", "tp_forward", "tp_backward", "tp_generation", "overfit")
 

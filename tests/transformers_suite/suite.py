@@ -127,6 +127,19 @@ class NemotronLike(ModelTester):
     }
 
 
+class MoELike(ModelTester):
+    """LlamaLike with experts, as Qwen3-MoE has them, and one that every token goes through."""
+
+    options: ClassVar = {
+        **LlamaLike.options,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 16,
+        "mlp_layer_types": ["dense", "sparse"],
+    }
+
+
 class Llama(ModelTester):
     config_class = LlamaConfig
     base_model_class = LlamaModel
@@ -178,6 +191,10 @@ class TestLlamaLike(Common, unittest.TestCase):
 
 class TestNemotronLike(Common, unittest.TestCase):
     tester_class = NemotronLike
+
+
+class TestMoELike(Common, unittest.TestCase):
+    tester_class = MoELike
 
 
 class TestLlama(Common, unittest.TestCase):
