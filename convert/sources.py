@@ -11,12 +11,16 @@ which is imported when one is met.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import datetime
 from types import TracebackType
 from typing import Protocol, Self
 
+from . import page_cache
 from .errors import SourceError
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
@@ -49,8 +53,34 @@ class File(Protocol):
     def expect(self, ranges: Iterable[tuple[int, int]]) -> None:
         """Say that these (offset, count) will be asked for next, each by `pread`."""
 
+    def give_back(self, offset: int, count: int) -> None:
+        """Say that these bytes will not be asked for again soon."""
+        return None  # what is fetched from elsewhere is not in the system's cache
+
     def close(self) -> None:
         """Give back what it holds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What tells whether a local file is still the same: size, time of its last change, inode."""
+
+    size: int
+    changed_ns: int
+    inode: int
+
+    @classmethod
+    def of(cls, facts: os.stat_result) -> Identity:
+        """From what the system says about a file."""
+        return cls(facts.st_size, facts.st_mtime_ns, facts.st_ino)
+
+    def __str__(self) -> str:
+        changed = datetime.fromtimestamp(self.changed_ns / 1e9).isoformat(" ", "milliseconds")
+        return f"{self.size:,} bytes, last changed {changed}, inode {self.inode}"
+
+
+# As local files were when they were first opened, since the last `begin`.
+_seen: dict[str, Identity] = {}
 
 
 class LocalFile(File):
@@ -58,7 +88,9 @@ class LocalFile(File):
 
     def __init__(self, path: str) -> None:
         self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        self.size = os.fstat(self._descriptor).st_size
+        facts = os.fstat(self._descriptor)
+        self.size = facts.st_size
+        _seen.setdefault(path, Identity.of(facts))
 
     def pread(self, count: int, offset: int) -> bytes:
         """Up to `count` bytes from `offset`."""
@@ -66,7 +98,20 @@ class LocalFile(File):
 
     def read_into(self, out: memoryview, offset: int) -> int:
         """Fill `out` from `offset`, or some of it."""
-        return os.preadv(self._descriptor, [out], offset)
+        try:
+            return os.preadv(self._descriptor, [out], offset)
+        except AttributeError:  # macOS before 11
+            pass
+        except OSError as error:
+            if error.errno != errno.ENOSYS:
+                raise
+        data = os.pread(self._descriptor, len(out), offset)
+        out[: len(data)] = data
+        return len(data)
+
+    def give_back(self, offset: int, count: int) -> None:
+        """Let the system drop them from its cache."""
+        page_cache.give_back(self._descriptor, offset, count)
 
     def expect(self, ranges: Iterable[tuple[int, int]]) -> None:
         """Nothing: the system reads ahead by itself."""
@@ -223,12 +268,26 @@ def expect(ranges: Iterable[Range]) -> None:
         remote.fetch(wanted)
 
 
+def identity(path: str) -> Identity | None:
+    """What tells whether a file is still the same; None if it is remote, or not there."""
+    try:
+        return None if is_remote(path) else Identity.of(os.stat(path))
+    except OSError:
+        return None
+
+
+def first_seen(path: str) -> Identity | None:
+    """The identity of a file when it was first opened, or now if it was not yet."""
+    return _seen.get(path) or identity(path)
+
+
 def begin(path: str) -> str:
-    """What to call a place from now on; what was seen of a remote one before is forgotten.
+    """What to call a place from now on; what was seen of files before is forgotten.
 
     Raises:
         HubError: a remote place is not there, or cannot be reached.
     """
+    _seen.clear()
     if not is_remote(path):
         return _LOCAL.sub("", path, count=1)
     from . import remote

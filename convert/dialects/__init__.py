@@ -12,25 +12,27 @@ from dataclasses import replace
 from ..checkpoint import Shard
 from ..errors import UnsupportedError
 from ..mapping import shorten
-from . import core_local, core_te, deepspeed, gpt_neox, legacy
+from . import core_local, core_te, deepspeed, gpt_neox, legacy, legacy_t5
 from .dialect import Dialect as Dialect
 
 _NOT_YET = (
-    (r"encoder\.layers\..*|.*\.(inter|cross)_attention\..*", "an encoder, as in T5"),
     (
         r"language_model\.(pooler|embedding\.tokentype_embeddings)\..*"
         r"|lm_head\.(dense|norm|layernorm)\..*|binary_head\..*",
         "BERT",
     ),
-    (r".*\.mlp\.(experts|local_experts|router|deepspeed_moe)\..*", "a mixture of experts"),
-    (r"mtp\..*", "multi-token prediction"),
+    (
+        r"(?!decoder\.|mtp\.).*\.mlp\.(experts|router)\..*"
+        r"|.*\.mlp\.(local_experts|deepspeed_moe)\..*",
+        "a mixture of experts from before Megatron-Core 0.5",
+    ),
     (r".*\.mixer\..*", "Mamba layers"),
-    (r".*\.self_attention\.linear_(q|kv)_.*", "multi-latent attention"),
 )
 DIALECTS: tuple[Dialect, ...] = (
     core_te.DIALECT,
     core_local.DIALECT,
     legacy.DIALECT,
+    legacy_t5.DIALECT,
     deepspeed.DIALECT,
     gpt_neox.DIALECT,
 )
@@ -52,7 +54,7 @@ def detect(names: Iterable[str]) -> Dialect:
             raise UnsupportedError(
                 f"the checkpoint has parameters of {kind}; mtt cannot convert those yet",
                 found=shorten(named, 4),
-                expected="a dense GPT",
+                expected="a dense GPT or a T5",
             )
     dialect = max(DIALECTS, key=lambda dialect: dialect.known(names))
     if not dialect.known(names):
@@ -70,5 +72,4 @@ def canonical(dialect: Dialect, shards: Sequence[Shard]) -> list[Shard]:
     Raises:
         MappingError: a name without a rule or with two, or a group of which a shard lacks a part.
     """
-    dialect.rules.resolve({name for shard in shards for name in shard.tensors})
     return [replace(shard, tensors=dialect.rules.rename(shard.tensors)) for shard in shards]
