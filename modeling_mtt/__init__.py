@@ -23,8 +23,9 @@ import sys
 
 import transformers
 
-from . import modeling_mtt
+from . import modeling_mtt, modeling_seq2seq_mtt
 from .configuration_mtt import AUTO_MAP, MTTConfig
+from .configuration_seq2seq_mtt import SEQ2SEQ_AUTO_MAP, MTTSeq2SeqConfig
 from .modeling_mtt import (
     MTTForCausalLM,
     MTTForQuestionAnswering,
@@ -33,17 +34,26 @@ from .modeling_mtt import (
     MTTModel,
     MTTPreTrainedModel,
 )
+from .modeling_seq2seq_mtt import (
+    MTTForConditionalGeneration,
+    MTTSeq2SeqModel,
+    MTTSeq2SeqPreTrainedModel,
+)
 
-transformers.AutoConfig.register(MTTConfig.model_type, MTTConfig, exist_ok=True)
-MTTConfig.register_for_auto_class("AutoConfig")
-for _auto_class, _reference in AUTO_MAP.items():
-    if _auto_class != "AutoConfig":
-        _model_class = getattr(modeling_mtt, _reference.split(".")[1])
-        getattr(transformers, _auto_class).register(MTTConfig, _model_class, exist_ok=True)
-        # `transformers serve` takes the class that a configuration names from transformers, which
-        # may have executed itself anew since it was imported above.
-        setattr(sys.modules["transformers"], _model_class.__name__, _model_class)
-        _model_class.register_for_auto_class(_auto_class)
+for _config_class, _auto_map, _module in (
+    (MTTConfig, AUTO_MAP, modeling_mtt),
+    (MTTSeq2SeqConfig, SEQ2SEQ_AUTO_MAP, modeling_seq2seq_mtt),
+):
+    transformers.AutoConfig.register(_config_class.model_type, _config_class, exist_ok=True)
+    _config_class.register_for_auto_class("AutoConfig")
+    for _auto_class, _reference in _auto_map.items():
+        if _auto_class != "AutoConfig":
+            _model_class = getattr(_module, _reference.split(".")[1])
+            getattr(transformers, _auto_class).register(_config_class, _model_class, exist_ok=True)
+            # `transformers serve` takes the class that a configuration names from transformers,
+            # which may have executed itself anew since it was imported above.
+            setattr(sys.modules["transformers"], _model_class.__name__, _model_class)
+            _model_class.register_for_auto_class(_auto_class)
 
 
 def register_with_vllm() -> None:
@@ -65,12 +75,17 @@ def register_with_vllm() -> None:
 
 __all__ = [
     "AUTO_MAP",
+    "SEQ2SEQ_AUTO_MAP",
     "MTTConfig",
     "MTTForCausalLM",
+    "MTTForConditionalGeneration",
     "MTTForQuestionAnswering",
     "MTTForSequenceClassification",
     "MTTForTokenClassification",
     "MTTModel",
     "MTTPreTrainedModel",
+    "MTTSeq2SeqConfig",
+    "MTTSeq2SeqModel",
+    "MTTSeq2SeqPreTrainedModel",
     "register_with_vllm",
 ]

@@ -8,7 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.attention.varlen import varlen_attn
-from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
+from transformers.masking_utils import (
+    AttentionMaskInterface,
+    bidirectional_mask_function,
+    causal_mask_function,
+    flash_attention_mask,
+)
 from transformers.modeling_flash_attention_utils import (
     _is_packed_sequence,
     _pad_input,
@@ -100,7 +105,7 @@ def torch_varlen_attention_forward(
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """FlashAttention as PyTorch brings it, `torch.nn.attention.varlen.varlen_attn`: causal only.
+    """FlashAttention as PyTorch brings it, `torch.nn.attention.varlen.varlen_attn`.
 
     Sequences lie one behind the other, as `cu_seq_lens` says, so that nothing is computed for
     padding and nothing is seen across packed sequences.
@@ -144,7 +149,9 @@ def torch_varlen_attention_forward(
             )
             max_lengths = num_queries, num_keys
 
-    output = _varlen((query, key, value), cu_seq_lens, max_lengths, scaling, sliding_window)
+    # Left of a query, and right of it: -1 is everything.
+    window = (-1 if sliding_window is None else sliding_window - 1, 0 if module.is_causal else -1)
+    output = _varlen((query, key, value), cu_seq_lens, max_lengths, scaling, window)
     if padding is not None:
         return _pad_input(output, padding, batch_size, num_queries), None
     return output.unflatten(0, (batch_size, num_queries)), None
@@ -169,16 +176,16 @@ def _varlen(
     cu_seq_lens: tuple[torch.Tensor, torch.Tensor],
     max_lengths: tuple[int, int],
     scale: float | None,
-    sliding_window: int | None,
+    window: tuple[int, int],
 ) -> torch.Tensor:
     """Call the `varlen_attn` of this PyTorch: states `[tokens, heads, head_dim]`."""
     query, key, value = states
     accepted = _parameters_of(varlen_attn)
     options: dict[str, Any] = {"scale": scale}
     if "window_size" in accepted:
-        options["window_size"] = (-1 if sliding_window is None else sliding_window - 1, 0)
-    elif sliding_window is None:
-        options["is_causal"] = True
+        options["window_size"] = window
+    elif window[0] == -1:
+        options["is_causal"] = window[1] == 0
     else:
         raise ValueError(
             f"The varlen_attn of torch {torch.__version__} has no window_size, and the model has a "
@@ -214,12 +221,15 @@ def torch_varlen_mask(
     kv_length: int,
     q_offset: int | torch.Tensor = 0,
     kv_offset: int = 0,
+    mask_function: Callable = causal_mask_function,
     attention_mask: torch.Tensor | None = None,
     device: torch.device | str = "cpu",
     **kwargs: Any,
 ) -> torch.Tensor | None:
     """Return which keys hold a token, `[batch, keys]`: those of a static cache may not yet."""
     num_seen = int(q_offset) + q_length - kv_offset
+    if mask_function is bidirectional_mask_function:
+        num_seen = kv_length
     if num_seen < kv_length:
         if attention_mask is None:
             return torch.ones(batch_size, num_seen, dtype=torch.bool, device=device)
@@ -228,6 +238,38 @@ def torch_varlen_mask(
         batch_size, q_length, kv_length, q_offset, kv_offset, attention_mask=attention_mask
     )
     return mask
+
+
+def pack_rows(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, key_mask: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, Any]]:
+    """Lay the rows of a batch one behind the other, without the padding of their keys.
+
+    For FlashAttention from one text to another, all of whose queries count.
+
+    Args:
+        query (`torch.Tensor`): `[batch, heads, queries, head_dim]`.
+        key, value (`torch.Tensor`): `[batch, key_value_heads, keys, head_dim]`.
+        key_mask (`torch.Tensor`): true where there is a token, `[batch, keys]`.
+
+    Returns:
+        Queries `[1, heads, batch * queries, head_dim]`, keys and values `[1, key_value_heads,
+        tokens, head_dim]`, and the arguments that say where rows start.
+    """
+    batch_size, _, num_queries, _ = query.shape
+    key_mask = key_mask.bool()
+    lengths = key_mask.sum(-1)
+    starts = nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
+    arguments = {
+        "cu_seq_lens_q": torch.arange(batch_size + 1, device=query.device).int() * num_queries,
+        "cu_seq_lens_k": starts,
+        "max_length_q": num_queries,
+        "max_length_k": int(lengths.max()),
+    }
+    packed = query.transpose(1, 2).flatten(0, 1)
+    keys, values = (states.transpose(1, 2)[key_mask] for states in (key, value))
+    query, key, value = (states.transpose(0, 1).unsqueeze(0) for states in (packed, keys, values))
+    return query, key, value, arguments
 
 
 def positions_of_packed(cu_seq_lens: torch.Tensor, length: int) -> torch.Tensor:

@@ -146,7 +146,7 @@ def parallel_plan(
         style = "mtt_shared_heads"
         ALL_PARALLEL_STYLES.register(style, SharedHeadsParallel(mesh))
         for name in plan:
-            if name.endswith(("self_attn.k_proj", "self_attn.v_proj")) and plan[name] == "colwise":
+            if name.endswith(("_attn.k_proj", "_attn.v_proj")) and plan[name] == "colwise":
                 own[name] = style
     if not _CUTS_UNEVENLY and plan.get("lm_head") == "colwise_gather_output":
         own["lm_head"] = "mtt_gathered_head"

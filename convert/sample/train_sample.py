@@ -37,6 +37,7 @@ import signal
 import sys
 import tempfile
 import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -142,11 +143,11 @@ def stay_on_cpu() -> None:
     CudaRNGStatesTracker.fork = lambda self, *args: contextlib.nullcontext()
 
 
-def load_args() -> argparse.Namespace:
-    """Read args.json; the values JSON cannot hold are written as `torch.float32` or `Enum.name`."""
+def load_args(folder: Path = HERE) -> argparse.Namespace:
+    """Read a folder's args.json; the values JSON cannot hold are written as `torch.float32` or `Enum.name`."""
     enums = {"AttnBackend": AttnBackend, "ModelType": ModelType, "Signals": signal.Signals}
     args = argparse.Namespace()
-    for name, value in json.loads((HERE / "args.json").read_text()).items():
+    for name, value in json.loads((folder / "args.json").read_text()).items():
         prefix, _, member = value.partition(".") if isinstance(value, str) else ("", "", "")
         if prefix == "torch" and member:
             value = getattr(torch, member)
@@ -215,10 +216,9 @@ def forward(model: GPTModel, input_ids: Tensor) -> Tensor:
     return output
 
 
-def train_tokenizer(output: Path) -> ByteLevelBPETokenizer:
+def train_tokenizer(output: Path, texts: list[str]) -> ByteLevelBPETokenizer:
     """Train the BPE and write it as GPT-2's files are: the end of text is the last token."""
     tokenizer = ByteLevelBPETokenizer()
-    texts = [first + rest for first, rest in PARAGRAPHS]
     tokenizer.train_from_iterator(
         texts, vocab_size=TRUE_VOCAB_SIZE - 1, min_frequency=1, show_progress=False
     )
@@ -236,7 +236,7 @@ def train_tokenizer(output: Path) -> ByteLevelBPETokenizer:
 
 
 def train(args: argparse.Namespace, model: GPTModel, tokenizer: ByteLevelBPETokenizer) -> None:
-    """Learn all paragraphs in every step; AdamW, linear warm-up, cosine decay."""
+    """Learn all paragraphs in every step."""
     end = tokenizer.token_to_id(END_OF_TEXT)
     documents = [[*tokenizer.encode(first + rest).ids, end] for first, rest in PARAGRAPHS]
     length = max(map(len, documents))
@@ -247,6 +247,20 @@ def train(args: argparse.Namespace, model: GPTModel, tokenizer: ByteLevelBPEToke
         tokens[row, : len(document)] = torch.tensor(document)
         loss_mask[row, : len(document)] = 1.0
 
+    def loss_of_step() -> Tensor:
+        logits = forward(model, tokens[:, :-1])
+        losses = torch.nn.functional.cross_entropy(
+            logits.transpose(1, 2), tokens[:, 1:], reduction="none"
+        )
+        return (losses * loss_mask[:, 1:]).sum() / loss_mask[:, 1:].sum()
+
+    optimise(args, model, loss_of_step)
+
+
+def optimise(
+    args: argparse.Namespace, model: torch.nn.Module, loss_of_step: Callable[[], Tensor]
+) -> None:
+    """Make a loss small: AdamW, linear warm-up, cosine decay."""
     matrices = [p for p in model.parameters() if p.dim() > 1]
     vectors = [p for p in model.parameters() if p.dim() == 1]
     optimizer = torch.optim.AdamW(
@@ -266,11 +280,7 @@ def train(args: argparse.Namespace, model: GPTModel, tokenizer: ByteLevelBPEToke
         for group in optimizer.param_groups:
             group["lr"] = lr
 
-        logits = forward(model, tokens[:, :-1])
-        losses = torch.nn.functional.cross_entropy(
-            logits.transpose(1, 2), tokens[:, 1:], reduction="none"
-        )
-        loss = (losses * loss_mask[:, 1:]).sum() / loss_mask[:, 1:].sum()
+        loss = loss_of_step()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
@@ -294,7 +304,7 @@ def continue_greedily(
     raise RuntimeError(f"no end of text after {prompt!r}: {tokenizer.decode(ids)!r}")
 
 
-def part_of_rank(model: GPTModel, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+def part_of_rank(model: torch.nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Cut out of the whole model's weights what the parameters of this rank's model hold."""
     rank = parallel_state.get_tensor_model_parallel_rank()
     size = parallel_state.get_tensor_model_parallel_world_size()
@@ -371,7 +381,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         start_distributed(args, 0, 1, f"{folder}/one-process")
         torch.manual_seed(args.seed)
-        tokenizer = train_tokenizer(output)
+        tokenizer = train_tokenizer(output, [first + rest for first, rest in PARAGRAPHS])
         model = build_model(args)
         train(args, model, tokenizer)
         model.eval()

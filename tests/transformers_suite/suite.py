@@ -1,4 +1,4 @@
-"""transformers' common tests, on MTT in three shapes and on Llama beside them.
+"""transformers' common tests, on MTT's decoder and on Llama, its encoder-decoder and on Bart.
 
 `run.py` calls pytest on this file, with the `tests` folder of transformers' source distribution and
 then `stand_ins` on the path: the modules it imports from `tests` are theirs.
@@ -14,6 +14,9 @@ from tests.test_configuration_common import ConfigTester
 from tests.test_modeling_common import ModelTesterMixin, ids_tensor
 from tests.test_training_mixin import TrainingTesterMixin
 from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    BartModel,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForQuestionAnswering,
@@ -27,10 +30,13 @@ from transformers import (
 from modeling_mtt import (
     MTTConfig,
     MTTForCausalLM,
+    MTTForConditionalGeneration,
     MTTForQuestionAnswering,
     MTTForSequenceClassification,
     MTTForTokenClassification,
     MTTModel,
+    MTTSeq2SeqConfig,
+    MTTSeq2SeqModel,
 )
 from tests import test_fsdp_mixin, test_tensor_parallel_mixin
 
@@ -53,6 +59,7 @@ class ModelTester:
         MTTForTokenClassification,
     )
     options: ClassVar[dict[str, Any]] = {}
+    config_options: ClassVar[dict[str, Any]] = {"hidden_size": 32}
 
     # The sizes of transformers' own testers, but for the number of heads. With others the greedy
     # texts that test_tp_generation_quantized compares may part early, Llama's as well: those of
@@ -141,13 +148,100 @@ class Llama(ModelTester):
     options: ClassVar = {"num_key_value_heads": 2}
 
 
-class Common(
-    ModelTesterMixin,
-    TrainingTesterMixin,
-    test_tensor_parallel_mixin.TensorParallelTesterMixin,
-    test_fsdp_mixin.FSDPTesterMixin,
-):
-    """Everything that the source distribution has for a text model."""
+class Seq2SeqTester(ModelTester):
+    """An encoder-decoder's configuration, and two texts: one to read and one to write."""
+
+    config_class = MTTSeq2SeqConfig
+    base_model_class = MTTSeq2SeqModel
+    causal_lm_class = MTTForConditionalGeneration
+    all_model_classes = (MTTSeq2SeqModel, MTTForConditionalGeneration)
+    config_options: ClassVar = {"hidden_size": 48}
+    sizes: ClassVar[dict[str, Any]] = {
+        "intermediate_size": 32,
+        "num_encoder_layers": 2,
+        "num_decoder_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 512,
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+    }
+
+    def get_config(self) -> PreTrainedConfig:
+        return self.config_class(
+            vocab_size=self.vocab_size,
+            hidden_size=self.hidden_size,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+            decoder_start_token_id=1,
+            **{**self.sizes, **self.options},
+        )
+
+    def prepare_config_and_inputs_for_common(self) -> tuple[PreTrainedConfig, dict[str, Any]]:
+        config, inputs = super().prepare_config_and_inputs_for_common()
+        decoder_input_ids = ids_tensor([self.batch_size, self.seq_length], self.vocab_size)
+        mask = torch.ones_like(decoder_input_ids)
+        return config, {
+            **inputs,
+            "decoder_input_ids": decoder_input_ids,
+            "decoder_attention_mask": mask,
+        }
+
+
+class T5(Seq2SeqTester):
+    """Megatron's T5: learned positions, LayerNorm, biases, a tied head with a bias."""
+
+
+class T5Local(Seq2SeqTester):
+    """Relative positions, no norms after the last layers, RMSNorm, a gated MLP, an own head."""
+
+    options: ClassVar = {
+        "position_embedding_type": "relative",
+        "final_norm": False,
+        "hidden_act": "silu",
+        "gated_mlp": True,
+        "norm_type": "rmsnorm",
+        "attention_bias": False,
+        "attention_out_bias": False,
+        "mlp_bias": False,
+        "lm_head_bias": False,
+        "tie_word_embeddings": False,
+    }
+
+
+class T5Rotary(Seq2SeqTester):
+    """RoPE, grouped heads, zero-centred LayerNorm, normalised queries and keys."""
+
+    options: ClassVar = {
+        "position_embedding_type": "rope",
+        "num_key_value_heads": 2,
+        "head_dim": 12,
+        "hidden_act": "relu2",
+        "zero_centered_norm": True,
+        "use_qk_norm": True,
+    }
+
+
+class Bart(Seq2SeqTester):
+    config_class = BartConfig
+    base_model_class = BartModel
+    causal_lm_class = BartForConditionalGeneration
+    all_model_classes = (BartModel, BartForConditionalGeneration)
+    config_options: ClassVar = {}
+    sizes: ClassVar = {
+        "encoder_layers": 2,
+        "decoder_layers": 2,
+        "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4,
+        "encoder_ffn_dim": 32,
+        "decoder_ffn_dim": 32,
+        "max_position_embeddings": 512,
+        "dropout": 0.0,
+    }
+
+
+class Common(ModelTesterMixin):
+    """What the source distribution has for any model."""
 
     tester_class: type[ModelTester]
     model_tester: Any = None
@@ -163,22 +257,54 @@ class Common(
         self._torch_compile_train_cls = self.tester_class.causal_lm_class
 
     def test_config(self) -> None:
+        tester = self.tester_class
         ConfigTester(
-            self, config_class=self.tester_class.config_class, hidden_size=32
+            self, config_class=tester.config_class, **tester.config_options
         ).run_common_tests()
 
 
-class TestGPT(Common, unittest.TestCase):
+class Decoder(
+    Common,
+    TrainingTesterMixin,
+    test_tensor_parallel_mixin.TensorParallelTesterMixin,
+    test_fsdp_mixin.FSDPTesterMixin,
+):
+    """And for a decoder: these give it one text, and an encoder-decoder needs two."""
+
+
+class TestGPT(Decoder, unittest.TestCase):
     tester_class = GPT
 
 
-class TestLlamaLike(Common, unittest.TestCase):
+class TestLlamaLike(Decoder, unittest.TestCase):
     tester_class = LlamaLike
 
 
-class TestNemotronLike(Common, unittest.TestCase):
+class TestNemotronLike(Decoder, unittest.TestCase):
     tester_class = NemotronLike
 
 
-class TestLlama(Common, unittest.TestCase):
+class TestLlama(Decoder, unittest.TestCase):
     tester_class = Llama
+
+
+class Seq2Seq(Common):
+    """transformers has no other common tests for an encoder-decoder."""
+
+    is_encoder_decoder = True
+
+
+class TestT5(Seq2Seq, unittest.TestCase):
+    tester_class = T5
+
+
+class TestT5Local(Seq2Seq, unittest.TestCase):
+    tester_class = T5Local
+
+
+class TestT5Rotary(Seq2Seq, unittest.TestCase):
+    tester_class = T5Rotary
+
+
+class TestBart(Seq2Seq, unittest.TestCase):
+    tester_class = Bart
