@@ -317,8 +317,10 @@ def convert(
             `megatron_folder`.
         replicated: `error` if ranks hold different copies of a parameter, or take the `first` or
             the `average`; None: `average` for DeepSpeed's checkpoints, else `error`.
+        num_workers: threads that write. Each holds about 2 MB; where there are more cores than
+            workers, another thread reads for it, and both hold 6 MB. A target on the Hub has one
+            that converts.
         drop_mtp: leave out layers that predict further tokens.
-        num_workers: threads; each holds about 2 MB. A target on the Hub has one that converts.
         overwrite: replace an earlier conversion in `target`.
         keep_same: leave a folder alone that holds exactly what would be written.
         resume: go on with a conversion or an upload that was interrupted, and keep what this one
