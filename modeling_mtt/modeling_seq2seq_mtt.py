@@ -633,7 +633,6 @@ class MTTSeq2SeqModel(MTTSeq2SeqPreTrainedModel):
 class MTTForConditionalGeneration(MTTSeq2SeqPreTrainedModel, GenerationMixin):
     """The encoder-decoder with a head that gives the next token's logits."""
 
-    _input_embed_layer = "shared"
     _tied_weights_keys = {"lm_head.weight": "model.shared.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _fsdp_plan = {"lm_head": "keep_full_weight"}
@@ -644,6 +643,10 @@ class MTTForConditionalGeneration(MTTSeq2SeqPreTrainedModel, GenerationMixin):
         self.lm_head = build_linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
 
         self.post_init()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the token embeddings of both sides."""
+        self.model.set_input_embeddings(value)
 
     @can_return_tuple
     def forward(

@@ -30,11 +30,23 @@ ROOT = HERE.parents[1]
 DOCUMENT = ROOT / "docs" / "transformers-tests.md"
 VERSION = importlib.metadata.version("transformers")
 
-SHAPES = ("GPT", "LlamaLike", "NemotronLike")
-YARDSTICK = "Llama"
+# Shapes of MTT, and the model of transformers beside each.
+YARDSTICKS = {
+    "GPT": "Llama",
+    "LlamaLike": "Llama",
+    "NemotronLike": "Llama",
+    "T5": "Bart",
+    "T5Local": "Bart",
+    "T5Rotary": "Bart",
+}
+NAMES = tuple(
+    name
+    for yardstick in dict.fromkeys(YARDSTICKS.values())
+    for name in (*(each for each in YARDSTICKS if YARDSTICKS[each] == yardstick), yardstick)
+)
 SLOW = ("fsdp2", "hsdp", "tp_forward", "tp_backward", "tp_generation", "overfit")
 
-# What a shape may skip though Llama does not: the start of the test's name.
+# What a shape may skip though its yardstick does not: the start of the test's name.
 OWN_SKIPS = {"GPT": ("test_model_rope_scaling",)}
 
 
@@ -96,7 +108,7 @@ def run_pytest(folder: Path, fast: bool, jobs: str, arguments: list[str]) -> dic
 
 
 def read_report(report: Path) -> dict[str, Counts]:
-    counts = {name: Counts() for name in (*SHAPES, YARDSTICK)}
+    counts = {name: Counts() for name in NAMES}
     for case in ElementTree.parse(report).getroot().iter("testcase"):
         kinds = {child.tag: child for child in case}
         shape = case.get("classname", "").rpartition(".Test")[2]
@@ -113,19 +125,19 @@ def read_report(report: Path) -> dict[str, Counts]:
 
 
 def find_problems(counts: dict[str, Counts], recorded: dict[str, int]) -> list[str]:
-    """Say where MTT does less than the record, or than Llama."""
+    """Say where MTT does less than the record, or than its yardstick."""
     problems = []
-    for shape in (*SHAPES, YARDSTICK):
+    for shape in NAMES:
         found = counts[shape]
         if found.failed:
             problems.append(f"{shape}: {found.failed} tests failed")
         if found.passed < recorded.get(shape, 1):
             problems.append(f"{shape}: {found.passed} tests passed, recorded {recorded[shape]}")
-    for shape in SHAPES:
+    for shape, yardstick in YARDSTICKS.items():
         for test, reason in sorted(counts[shape].skipped.items()):
-            if test in counts[YARDSTICK].skipped or test.startswith(OWN_SKIPS.get(shape, ("\0",))):
+            if test in counts[yardstick].skipped or test.startswith(OWN_SKIPS.get(shape, ("\0",))):
                 continue
-            problems.append(f"{shape}: {test} is skipped, and not for Llama: {reason}")
+            problems.append(f"{shape}: {test} is skipped, and not for {yardstick}: {reason}")
     return problems
 
 
@@ -145,7 +157,7 @@ def read_record(fast: bool) -> dict[str, int]:
     start, end = section(text, fast)
     rows = re.findall(r"^\| (\w+) +\| +(\d+) \|", text[start:end], re.MULTILINE)
     found = {name: int(passed) for name, passed in rows}
-    if set(found) != {*SHAPES, YARDSTICK}:
+    if set(found) != set(NAMES):
         sys.exit(f"error: {DOCUMENT.name} has no counts under '{heading(fast)}': --record them")
     return found
 
@@ -167,13 +179,14 @@ def write_record(counts: dict[str, Counts], fast: bool, minutes: float) -> None:
         row = (found.passed, found.failed, len(found.skipped))
         lines.append("| {:12} | {:6} | {:6} | {:7} |".format(name, *row))
     lines += ["", "Skipped:", ""]
-    for name in (*SHAPES, YARDSTICK):
-        others = counts[YARDSTICK].skipped if name != YARDSTICK else {}
+    for name in NAMES:
+        yardstick = YARDSTICKS.get(name)
+        others = counts[yardstick].skipped if yardstick else {}
         reasons = Counter(
             clean(reason) for test, reason in counts[name].skipped.items() if test not in others
         )
         if reasons:
-            only = "" if name == YARDSTICK else ", and not Llama"
+            only = f", and not {yardstick}" if yardstick else ""
             lines.append(f"- {name}{only}:")
             lines += [f"  - {number} × {reason}" for reason, number in reasons.most_common()]
     tail = text[end:]
