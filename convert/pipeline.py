@@ -383,6 +383,7 @@ def convert(
             algorithm,
             overwrite=overwrite,
             resume=resume,
+            num_workers=num_workers,
             progress=progress,
             **upload,
         )
@@ -408,7 +409,7 @@ def convert(
             num_workers=num_workers,
             algorithm=algorithm,
             progress=progress,
-            file_by_file=isinstance(sink, HubSink),
+            file_by_file=resume or isinstance(sink, HubSink),
         )
         sink.finish()
     hashes = {name: file["tensors"] for name, file in sink.manifest["files"].items()}
