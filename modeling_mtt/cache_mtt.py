@@ -1,9 +1,10 @@
-"""A cache that grows in place."""
+"""A cache that grows in place, and one whose count stays."""
 
+from copy import copy
 from typing import Any
 
 import torch
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.utils import is_tracing
 
 from .configuration_mtt import MTTConfig
@@ -101,3 +102,17 @@ def let_grow(cache: Any) -> None:
         cache.layers = [
             MTTDynamicLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers
         ]
+
+
+def freeze_count(cache: Cache) -> Cache:
+    """Return a cache that tells how many tokens it has seen now, whatever comes later.
+
+    Static caches count in place, and flex attention computes its mask when it is used: by then the
+    first layer has counted the new tokens.
+    """
+    seen = cache.get_seq_length()
+    if isinstance(seen, torch.Tensor):
+        seen = seen.clone()
+    frozen = copy(cache)
+    frozen.get_seq_length = lambda layer_idx=0: seen
+    return frozen

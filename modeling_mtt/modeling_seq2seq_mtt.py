@@ -36,7 +36,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention_mtt import eager_attention_forward, pack_rows
-from .cache_mtt import growing_cache, let_grow
+from .cache_mtt import freeze_count, growing_cache, let_grow
 from .configuration_seq2seq_mtt import MTTSeq2SeqConfig
 from .linear_mtt import build_linear, project
 from .modeling_mtt import (  # type: ignore[attr-defined]
@@ -509,6 +509,16 @@ class MTTDecoder(MTTSeq2SeqStack):
         cache: Cache | None,
     ) -> Any:
         """Return the causal mask in the form the attention implementation asks for."""
+        implementation = self.config._attn_implementation
+        if cache is not None and cache.is_compileable and implementation not in ("eager", "sdpa"):
+            cache = freeze_count(cache)
+            if attention_mask is None:
+                # FlashAttention learns from a mask alone that a static cache has slots for tokens
+                # to come.
+                num_seen = int(cache.get_seq_length()) + inputs_embeds.shape[1]
+                attention_mask = torch.ones(
+                    len(inputs_embeds), num_seen, dtype=torch.bool, device=inputs_embeds.device
+                )
         return create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
