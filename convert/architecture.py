@@ -14,14 +14,14 @@ nothing else. Sources are paths in megatron-core 0.16.1 unless another is named.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from .errors import IncompleteError, InconsistentError, UnsupportedError
+from .errors import UnsupportedError
 
-POSITION_EMBEDDING_TYPES = ("learned_absolute", "rope", "alibi", "none")
+POSITION_EMBEDDING_TYPES = ("learned_absolute", "rope", "alibi", "relative", "none")
+KINDS = ("gpt", "t5", "bert")
 NORMALIZATIONS = ("LayerNorm", "RMSNorm")
+ROUTER_SCORE_FUNCTIONS = ("softmax", "sigmoid")
 ACTIVATIONS = ("gelu", "gelu_tanh", "silu", "squared_relu")
 PARAMS_DTYPES = ("float32", "float16", "bfloat16")
 # Fields without a part in the forward pass.
@@ -32,6 +32,30 @@ _ROTARY = (
     "rotary_interleaved",
     "rope_scaling_factor",
     "rotary_seq_len_interpolation_factor",
+)
+
+# What is computed only with experts, with latent attention, and with YaRN.
+_EXPERTS = (
+    "moe_ffn_hidden_size",
+    "moe_layer_pattern",
+    "moe_router_topk",
+    "moe_router_score_function",
+    "moe_router_pre_softmax",
+    "moe_router_topk_scaling_factor",
+    "moe_router_enable_expert_bias",
+    "moe_router_num_groups",
+    "moe_router_group_topk",
+    "moe_shared_expert_intermediate_size",
+    "moe_shared_expert_gate",
+)
+_LATENT = ("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim")
+_YARN = (
+    "rotary_scaling_factor",
+    "original_max_position_embeddings",
+    "beta_fast",
+    "beta_slow",
+    "mscale",
+    "mscale_all_dim",
 )
 
 # What `use_rope_scaling` fixes besides the factor; Megatron has no argument for them.
@@ -50,8 +74,11 @@ class Architecture:
         UnsupportedError: numbers that no model can have, or a choice mtt does not know.
     """
 
+    kind: str = "gpt"
+    """`gpt`, a decoder; `t5`, an encoder and a decoder that reads it; `bert`, an encoder."""
+
     num_layers: int
-    """Transformer layers, all alike."""
+    """Transformer layers; those of the decoder where there is an encoder too."""
 
     hidden_size: int
     """Width of the residual stream."""
@@ -80,8 +107,9 @@ class Architecture:
     """Rows that are tokens; the rest only pads. None where the checkpoint does not say."""
 
     position_embedding_type: str = "learned_absolute"
-    """`learned_absolute`, `rope` or `none` (models/gpt/gpt_model.py); or `alibi`, scores that fall
-    with distance, which no Megatron-Core computes (BigScience's megatron/model/transformer.py)."""
+    """`learned_absolute`, `rope` or `none` (models/gpt/gpt_model.py); `relative` in a `t5` only; or
+    `alibi`, scores that fall with distance, which no Megatron-Core computes (BigScience's
+    megatron/model/transformer.py)."""
 
     rotary_base: float = 10000.0
     """Base of the rotary frequencies; 10000 in models without rope."""
@@ -142,6 +170,106 @@ class Architecture:
     """Attention and MLP of a layer read the same residual stream, as in GPT-NeoX; no Megatron-Core
     computes that."""
 
+    num_experts: int | None = None
+    """Experts of every layer that has them; None for a dense model. All that begins with `moe_`
+    is about them (transformer/moe/)."""
+
+    moe_ffn_hidden_size: int = 0
+    """Width of one expert."""
+
+    moe_layer_pattern: tuple[int, ...] = ()
+    """A 1 for each layer with experts, a 0 for each without; empty for a dense model."""
+
+    moe_router_topk: int = 1
+    """Experts that a token goes to."""
+
+    moe_router_score_function: str = "softmax"
+    """`softmax` or `sigmoid` of the router's scores. The sigmoids of the chosen experts are divided
+    by their sum if there are several (topk_routing_with_score_function, moe_utils.py)."""
+
+    moe_router_pre_softmax: bool = False
+    """The softmax is over all experts rather than those chosen."""
+
+    moe_router_topk_scaling_factor: float | None = None
+    """Multiplies the weights of the chosen experts; None for no factor. Megatron applies it to a
+    softmax only with `moe_router_pre_softmax`, so that it is None without."""
+
+    moe_router_enable_expert_bias: bool = False
+    """A number per expert, kept in float32, is added to its score when experts are chosen."""
+
+    moe_router_num_groups: int | None = None
+    """Groups of neighbouring experts that are chosen first; None without."""
+
+    moe_router_group_topk: int | None = None
+    """Groups that are chosen, by the sum of their best `moe_router_topk // moe_router_group_topk`
+    scores (group_limited_topk, moe_utils.py)."""
+
+    moe_shared_expert_intermediate_size: int | None = None
+    """Width of an MLP that every token goes through beside its experts; None without."""
+
+    moe_shared_expert_gate: bool = False
+    """What the shared MLP adds is multiplied by the sigmoid of one more score."""
+
+    multi_latent_attention: bool = False
+    """Keys and values of all heads come from one short vector per token, and one rotated key serves
+    all heads (transformer/multi_latent_attention.py). `kv_channels` is `qk_head_dim` plus
+    `qk_pos_emb_head_dim` then, and `qk_layernorm` norms the short vectors."""
+
+    q_lora_rank: int | None = None
+    """Size of the short vector of queries; None if they are projected directly."""
+
+    kv_lora_rank: int = 0
+    """Size of the short vector of keys and values."""
+
+    qk_head_dim: int = 0
+    """Channels of a query or key head that are not rotated."""
+
+    qk_pos_emb_head_dim: int = 0
+    """Channels that are."""
+
+    v_head_dim: int = 0
+    """Channels of a value head."""
+
+    rope_type: str = "rope"
+    """`rope` or `yarn`; the next six fields belong to the latter
+    (models/common/embeddings/yarn_rotary_pos_embedding.py)."""
+
+    rotary_scaling_factor: float = 1.0
+    """How many times longer than the original length texts may be."""
+
+    original_max_position_embeddings: int = 4096
+    """The original length."""
+
+    beta_fast: float = 32.0
+    """Turns over the original length above which a frequency is kept."""
+
+    beta_slow: float = 1.0
+    """Turns below which it is divided by the factor."""
+
+    mscale: float = 1.0
+    """Scales rotations, in relation to `mscale_all_dim`."""
+
+    mscale_all_dim: float = 0.0
+    """Scales attention scores (by the square of what it gives)."""
+
+    mtp_num_layers: int = 0
+    """Layers after the last one that predict further tokens
+    (transformer/multi_token_prediction.py)."""
+
+    encoder_num_layers: int = 0
+    """Layers of the encoder of a `t5`."""
+
+    relative_attention_num_buckets: int = 32
+    """Distances that relative positions tell apart (models/common/embeddings/relative_pos_emb.py);
+    of `position_embedding_type` `relative`."""
+
+    relative_attention_max_distance: int = 128
+    """The distance from which on they are all one."""
+
+    final_layernorm: bool = True
+    """A norm after the last layer, of encoder and decoder alike. Megatron-Core's T5 of local layers
+    has none (models/T5/t5_spec.py)."""
+
     untie_embeddings_and_output_weights: bool = False
     """The output layer has a table of its own."""
 
@@ -179,18 +307,23 @@ class Architecture:
 
     @property
     def attention_size(self) -> int:
-        """Columns of `linear_proj`: all query heads side by side."""
-        return self.num_attention_heads * self.kv_channels
+        """Columns of `linear_proj`: what all query heads give, side by side."""
+        size = self.v_head_dim if self.multi_latent_attention else self.kv_channels
+        return self.num_attention_heads * size
 
     @property
     def qkv_size(self) -> int:
         """Rows of `linear_qkv`: all query, key and value heads."""
         return (self.num_attention_heads + 2 * self.num_query_groups) * self.kv_channels
 
+    def fc1_size(self, width: int | None = None) -> int:
+        """Rows of the `linear_fc1` of an MLP of this width, `ffn_hidden_size` unless told."""
+        return (width or self.ffn_hidden_size) * (2 if self.gated_linear_unit else 1)
+
     @property
-    def fc1_size(self) -> int:
-        """Rows of `linear_fc1`."""
-        return self.ffn_hidden_size * (2 if self.gated_linear_unit else 1)
+    def moe_layers(self) -> tuple[bool, ...]:
+        """Whether each layer has experts."""
+        return tuple(map(bool, self.moe_layer_pattern)) or (False,) * self.num_layers
 
     @property
     def rotary_dim(self) -> int:
@@ -200,6 +333,8 @@ class Architecture:
         """
         if self.position_embedding_type != "rope":
             return 0
+        if self.multi_latent_attention:
+            return self.qk_pos_emb_head_dim
         return int(self.kv_channels * self.rotary_percent)
 
     @property
@@ -222,14 +357,44 @@ class Architecture:
         for name in (*TRAINING_ONLY, "padded_vocab_size"):
             del facts[name]
         facts["vocab_size"] = self.vocab_size or self.padded_vocab_size
+        if self.kind != "t5":
+            del facts["encoder_num_layers"]
+        if self.position_embedding_type != "relative":
+            del facts["relative_attention_num_buckets"], facts["relative_attention_max_distance"]
         facts["add_qkv_bias"] = self.has_qkv_bias
         if self.position_embedding_type != "rope":
-            for name in _ROTARY:
+            for name in (*_ROTARY, "rope_type"):
                 del facts[name]
+        if self.position_embedding_type != "rope" or self.rope_type != "yarn":
+            for name in _YARN:
+                del facts[name]
+        for is_there, names in (
+            (self.num_experts is not None, _EXPERTS),
+            (self.multi_latent_attention, _LATENT),
+        ):
+            if not is_there:
+                for name in names:
+                    del facts[name]
+        if self.num_experts is not None:
+            facts |= self._routing()
+        if all(self.moe_layers):
+            del facts["ffn_hidden_size"]
         flags = self.windowed_layers
         facts["window_size"] = self.window_size if any(flags) else None
         skipped = None if all(flags) or not any(flags) else _skip_freq(flags)
         facts["window_attn_skip_freq"] = skipped
+        return facts
+
+    def _routing(self) -> dict[str, object]:
+        """How experts are chosen, without what makes no difference."""
+        softmax = self.moe_router_score_function == "softmax"
+        factor = self.moe_router_topk_scaling_factor
+        facts: dict[str, object] = {
+            "moe_router_pre_softmax": softmax and self.moe_router_pre_softmax,
+            "moe_router_topk_scaling_factor": None if factor == 1 else factor,
+        }
+        if self.moe_router_num_groups == self.moe_router_group_topk:
+            facts |= {"moe_router_num_groups": None, "moe_router_group_topk": None}
         return facts
 
     def __post_init__(self) -> None:
@@ -238,6 +403,7 @@ class Architecture:
             "kv_channels padded_vocab_size max_position_embeddings"
         ).split():
             self._require(getattr(self, name) >= 1, "a size below one", name, "at least 1")
+        self._one_of("kind", KINDS)
         self._one_of("position_embedding_type", POSITION_EMBEDDING_TYPES)
         self._one_of("normalization", NORMALIZATIONS)
         self._one_of("activation", ACTIVATIONS)
@@ -268,6 +434,68 @@ class Architecture:
         )
         self._check_rotation()
         self._check_window()
+        self._check_experts()
+        self._check_latent_attention()
+
+    def _check_experts(self) -> None:
+        if self.num_experts is None:
+            self._require(
+                not any(self.moe_layer_pattern),
+                "layers of experts that do not exist",
+                "moe_layer_pattern",
+                "no 1 in it without num_experts",
+            )
+            return
+        for name in ("num_experts", "moe_ffn_hidden_size", "moe_router_topk"):
+            self._require(getattr(self, name) >= 1, "a size below one", name, "at least 1")
+        self._one_of("moe_router_score_function", ROUTER_SCORE_FUNCTIONS)
+        self._require(
+            len(self.moe_layer_pattern) == self.num_layers
+            and set(self.moe_layer_pattern) <= {0, 1}
+            and any(self.moe_layer_pattern),
+            "experts in other layers than there are",
+            "moe_layer_pattern num_layers",
+            "a 1 or 0 for each layer, and at least one 1",
+        )
+        self._require(
+            self.moe_router_topk <= self.num_experts,
+            "a token goes to more experts than there are",
+            "moe_router_topk num_experts",
+            "at most num_experts",
+        )
+        groups, chosen = self.moe_router_num_groups, self.moe_router_group_topk
+        if groups is None and chosen is None:
+            return
+        self._require(
+            groups is not None
+            and chosen is not None
+            and 1 <= chosen <= groups
+            and self.num_experts % groups == 0
+            and self.moe_router_topk % chosen == 0
+            and self.moe_router_topk // chosen <= self.num_experts // groups,
+            "experts cannot be chosen by groups like this",
+            "moe_router_num_groups moe_router_group_topk moe_router_topk num_experts",
+            "groups that divide num_experts, of which some that divide moe_router_topk are chosen",
+        )
+
+    def _check_latent_attention(self) -> None:
+        if not self.multi_latent_attention:
+            return
+        for name in ("kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim"):
+            self._require(getattr(self, name) >= 1, "a size below one", name, "at least 1")
+        self._require(
+            self.q_lora_rank is None or self.q_lora_rank >= 1,
+            "a size below one",
+            "q_lora_rank",
+            "at least 1, or None",
+        )
+        self._require(
+            self.kv_channels == self.qk_head_dim + self.qk_pos_emb_head_dim
+            and self.num_query_groups == self.num_attention_heads,
+            "latent attention with other heads than its own",
+            "kv_channels qk_head_dim qk_pos_emb_head_dim num_query_groups",
+            "kv_channels is qk_head_dim plus qk_pos_emb_head_dim, and every head is a query group",
+        )
 
     def _check_window(self) -> None:
         window, skip = self.window_size, self.window_attn_skip_freq
@@ -329,141 +557,3 @@ def _skip_freq(flags: tuple[bool, ...]) -> int | tuple[int, ...]:
     if first > 1 and flags == tuple(number % first != 0 for number in range(1, len(flags) + 1)):
         return first
     return tuple(map(int, flags))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sizes:
-    """What the shapes of a model's tensors say about it."""
-
-    fields: Mapping[str, object] = field(default_factory=dict)
-    """Megatron arguments -> values, all that follow from shapes alone."""
-
-    attention_size: int
-    """Query channels of all heads."""
-
-    key_value_size: int
-    """Key channels of all groups."""
-
-    kv_channels: int | None
-    """Channels of one head, where a norm of queries shows them."""
-
-    gated: bool
-    """`linear_fc1` has two rows for each column of `linear_fc2`."""
-
-
-_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
-_QKV, _PROJ = "self_attention.linear_qkv", "self_attention.linear_proj"
-_FC1, _FC2 = "mlp.linear_fc1", "mlp.linear_fc2"
-_EMBEDDING, _POSITIONS = "embedding.word_embeddings", "embedding.position_embeddings"
-_OTHER_MODELS = {
-    "mlp.router.": "mixture of experts",
-    "cross_attention.": "an encoder beside the decoder: T5",
-    "self_attention.linear_kv_down_proj.": "multi-latent attention",
-    "mixer.": "Mamba layers",
-}
-Shapes = Mapping[str, tuple[int, ...]]
-
-
-def read_shapes(shapes: Shapes) -> Sizes:
-    """What the shapes of whole tensors say, by canonical names with numbered layers.
-
-    Raises:
-        IncompleteError: a layer, or a tensor that every GPT has, is missing.
-        InconsistentError: layers that differ, or matrices that do not fit together.
-        UnsupportedError: tensors of another kind of model.
-    """
-    layers = _layers(shapes)
-    layer = layers[0]
-    vocabulary, hidden = _matrix(shapes, f"{_EMBEDDING}.weight")
-    qkv_rows, qkv_columns = _matrix(layer, f"{_QKV}.weight")
-    proj_rows, attention = _matrix(layer, f"{_PROJ}.weight")
-    fc1_rows, fc1_columns = _matrix(layer, f"{_FC1}.weight")
-    fc2_rows, ffn = _matrix(layer, f"{_FC2}.weight")
-    widths = {_QKV: qkv_columns, _PROJ: proj_rows, _FC1: fc1_columns, _FC2: fc2_rows}
-    for name, width in widths.items():
-        if width != hidden:
-            raise InconsistentError(
-                "tensors do not fit together",
-                found=f"{name}.weight for a width of {width}",
-                expected=f"{hidden}, the width of {_EMBEDDING}.weight",
-            )
-    if fc1_rows not in (ffn, 2 * ffn):
-        raise InconsistentError(
-            "tensors do not fit together",
-            found=f"{fc1_rows} rows in {_FC1}.weight, {ffn} columns in {_FC2}.weight",
-            expected="as many, or twice as many with a gate",
-        )
-    if qkv_rows <= attention or (qkv_rows - attention) % 2:
-        raise InconsistentError(
-            "tensors do not fit together",
-            found=f"{qkv_rows} rows in {_QKV}.weight, {attention} columns in {_PROJ}.weight",
-            expected="rows for the queries, and as many for keys as for values",
-        )
-    norm = layer.get("self_attention.q_layernorm.weight")
-    has_bias = f"{_QKV}.layer_norm_bias" in layer or "decoder.final_layernorm.bias" in shapes
-    fields: dict[str, object] = {
-        "num_layers": len(layers),
-        "hidden_size": hidden,
-        "ffn_hidden_size": ffn,
-        "padded_vocab_size": vocabulary,
-        "normalization": "LayerNorm" if has_bias else "RMSNorm",
-        "add_bias_linear": f"{_PROJ}.bias" in layer,
-        "add_qkv_bias": f"{_QKV}.bias" in layer,
-        "qk_layernorm": norm is not None,
-        "untie_embeddings_and_output_weights": "output_layer.weight" in shapes,
-    }
-    if "embedding.norm.weight" in shapes:
-        fields["embed_layernorm"] = True
-    if f"{_POSITIONS}.weight" in shapes:
-        fields["position_embedding_type"] = "learned_absolute"
-        fields["max_position_embeddings"] = _matrix(shapes, f"{_POSITIONS}.weight")[0]
-    return Sizes(
-        fields=fields,
-        attention_size=attention,
-        key_value_size=(qkv_rows - attention) // 2,
-        kv_channels=None if norm is None else norm[0],
-        gated=fc1_rows == 2 * ffn,
-    )
-
-
-def _layers(shapes: Shapes) -> list[dict[str, tuple[int, ...]]]:
-    """The shapes of every layer, which must all be the same."""
-    found: dict[int, dict[str, tuple[int, ...]]] = {}
-    for name, shape in shapes.items():
-        for part, meaning in _OTHER_MODELS.items():
-            if f".{part}" in name:
-                raise UnsupportedError(
-                    "the model computes something that mtt cannot represent",
-                    found=f"{name}: {meaning}",
-                    expected="a plain GPT",
-                )
-        if hit := _LAYER.fullmatch(name):
-            found.setdefault(int(hit[1]), {})[hit[2]] = tuple(shape)
-    if not found or set(found) != set(range(len(found))):
-        raise IncompleteError(
-            "layers are missing",
-            found=f"layers {sorted(found)}",
-            expected="all layers from 0",
-        )
-    for number, layer in found.items():
-        if layer != found[0]:
-            name = min(name for name, _ in layer.items() ^ found[0].items())
-            raise InconsistentError(
-                f"layers 0 and {number} differ",
-                found=f"{name} {_shape(layer.get(name))} in layer {number}",
-                expected=f"{_shape(found[0].get(name))}, as in layer 0",
-            )
-    return [found[number] for number in range(len(found))]
-
-
-def _shape(shape: tuple[int, ...] | None) -> str:
-    return "absent" if shape is None else str(list(shape))
-
-
-def _matrix(shapes: Shapes, name: str) -> tuple[int, int]:
-    shape = shapes.get(name)
-    if shape is None:
-        raise IncompleteError(f"{name} is missing", expected="a tensor that every GPT has")
-    if len(shape) != 2:
-        raise InconsistentError(f"{name} is not a matrix", found=_shape(shape), expected="two axes")
-    return shape[0], shape[1]

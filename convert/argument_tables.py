@@ -22,7 +22,7 @@ class Neutral:
     values: tuple[object, ...] = OFF
 
 
-_MLA, _HYBRID = "multi-latent attention", "a hybrid of attention, Mamba and MLP layers"
+_HYBRID = "a hybrid of attention, Mamba and MLP layers"
 _MOE, _QUANTISED = "mixture of experts", "weights kept in a quantised form"
 _HETEROGENEOUS = "layers that differ from each other"
 _LINEAR_ATTENTION = "layers of linear or sparse attention"
@@ -45,7 +45,6 @@ NEUTRAL: Mapping[str, Neutral] = {
     "hybrid_override_pattern": Neutral(_HYBRID),
     "is_hybrid_model": Neutral(_HYBRID),
     "modelopt_enabled": Neutral(_MODELOPT),
-    "mtp_num_layers": Neutral("layers that predict further tokens; mtt would drop them"),
     "num_attention_heads_kv": Neutral("EPFL's Megatron-LLM, with other rows and names", (None,)),
     # Layers shared by layer numbers; all are distinct when it equals num_layers.
     # (Source: ParallelTransformer, megatron/model/transformer.py of September 2020.)
@@ -63,7 +62,6 @@ NEUTRAL: Mapping[str, Neutral] = {
     "head_wise_attn_gate": Neutral("a gate on each head's output"),
     "linear_attention_freq": Neutral(_LINEAR_ATTENTION),
     "linear_attention_type": Neutral(_LINEAR_ATTENTION),
-    "multi_latent_attention": Neutral(_MLA),
     "qk_l2_norm": Neutral("Llama 4's norm without weights on queries and keys"),
     "softmax_scale": Neutral("attention scores scaled by another number", (None,)),
     "softmax_type": Neutral("a softmax with an offset or a learned sink", (None, "vanilla")),
@@ -72,7 +70,6 @@ NEUTRAL: Mapping[str, Neutral] = {
     "mrope_interleaved": Neutral("multimodal rotary positions"),
     "mrope_section": Neutral("multimodal rotary positions"),
     "no_rope_freq": Neutral("layers without rotary positions among layers with them"),
-    "rope_type": Neutral("YaRN rotary positions", (None, "rope")),
     "rotary_base_per_layer": Neutral("a rotary base for each layer"),
     # MLP
     "activation_func_clamp_value": Neutral("a clamped activation", (None,)),
@@ -82,7 +79,6 @@ NEUTRAL: Mapping[str, Neutral] = {
     "glu_activation": Neutral("BigScience's gated MLP, whose second half is the gate"),
     "glu_linear_offset": Neutral("an offset in the gated MLP"),
     "mlp_type": Neutral("Megatron-DeepSpeed's residual experts", (None, "standard")),
-    "num_experts": Neutral(_MOE, (*OFF, (1,))),  # [1]: Megatron-DeepSpeed's way to say none
     "num_experts_switch": Neutral(_MOE),
     "num_moe_experts": Neutral(_MOE),
     "quick_geglu": Neutral("an MLP gated by x * sigmoid(1.702 x)"),
@@ -123,13 +119,18 @@ LOW_PRECISION: Mapping[str, str] = {
 SETTINGS: Mapping[str, type] = {
     **dict.fromkeys(
         "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels "
-        "num_key_value_heads padded_vocab_size vocab_size max_position_embeddings".split(),
+        "num_key_value_heads padded_vocab_size vocab_size max_position_embeddings "
+        "moe_ffn_hidden_size moe_router_topk moe_router_num_groups moe_router_group_topk "
+        "moe_router_topk_limited_devices moe_shared_expert_intermediate_size "
+        "q_lora_rank kv_lora_rank qk_head_dim qk_pos_emb_head_dim v_head_dim "
+        "original_max_position_embeddings mtp_num_layers".split(),
         int,
     ),
     **dict.fromkeys(
         "layernorm_epsilon rotary_base rotary_percent rope_theta rope_scaling_factor "
         "rotary_seq_len_interpolation_factor attention_dropout hidden_dropout "
-        "init_method_std".split(),
+        "init_method_std moe_router_topk_scaling_factor rotary_scaling_factor beta_fast beta_slow "
+        "mscale mscale_all_dim".split(),
         float,
     ),
     **dict.fromkeys(
@@ -139,10 +140,17 @@ SETTINGS: Mapping[str, type] = {
         "bias_gelu_fusion use_te_activation_func use_transformer_engine_op_fuser add_bias_linear "
         "add_qkv_bias qk_layernorm untie_embeddings_and_output_weights fp16 bf16 "
         "use_legacy_models use_mcore_models rotary_interleaved embed_layernorm use_bnb_optimizer "
-        "gpt_j_residual".split(),
+        "gpt_j_residual multi_latent_attention moe_router_pre_softmax "
+        "moe_router_enable_expert_bias moe_shared_expert_gate mtp_use_repeated_layer "
+        "mla_down_proj_fusion".split(),
         bool,
     ),
-    **dict.fromkeys("normalization transformer_impl tokenizer_type".split(), str),
+    **dict.fromkeys(
+        "normalization transformer_impl tokenizer_type moe_router_score_function rope_type".split(),
+        str,
+    ),
+    "num_experts": object,
+    "moe_layer_freq": object,
     "position_embedding_type": object,
     "window_size": object,
     "window_attn_skip_freq": object,
@@ -186,6 +194,21 @@ _TRANSFORMERS = {
     "embed_layernorm": "embedding_norm",
     "gpt_j_residual": "use_parallel_residual",
     "params_dtype": "dtype torch_dtype",
+    "num_experts": "num_local_experts n_routed_experts",
+    "moe_router_topk": "num_experts_per_tok",
+    "moe_ffn_hidden_size": "moe_intermediate_size",
+    "moe_layer_freq": "mlp_layer_types first_k_dense_replace decoder_sparse_step mlp_only_layers",
+    "moe_router_score_function": "scoring_func",
+    "moe_router_pre_softmax": "norm_topk_prob",
+    "moe_router_topk_scaling_factor": "routed_scaling_factor",
+    "moe_router_enable_expert_bias": "use_expert_bias",
+    "moe_router_num_groups": "n_group",
+    "moe_router_group_topk": "topk_group",
+    "moe_shared_expert_intermediate_size": "shared_expert_intermediate_size n_shared_experts",
+    "moe_shared_expert_gate": "use_shared_expert_gate",
+    "qk_head_dim": "qk_nope_head_dim",
+    "qk_pos_emb_head_dim": "qk_rope_head_dim",
+    "mtp_num_layers": "num_nextn_predict_layers",
 }
 SUGGESTIONS = {theirs: ours for ours, names in _TRANSFORMERS.items() for theirs in names.split()}
 # How position_embedding_type is written: by Megatron-LM, and by BigScience's enum.

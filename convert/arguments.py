@@ -25,7 +25,7 @@ from collections.abc import Iterable, Mapping
 from functools import cache
 from importlib.resources import files
 
-from .architecture import PARAMS_DTYPES, Architecture, Sizes, read_shapes
+from .architecture import PARAMS_DTYPES, Architecture
 from .argument_tables import (
     FOREIGN,
     LOW_PRECISION,
@@ -39,8 +39,17 @@ from .argument_tables import (
     SUGGESTIONS,
     Arguments,
 )
+from .argument_values import is_in as _is_in
+from .argument_values import missing_arguments
+from .argument_values import number as _number
+from .argument_values import or_default as _or
+from .argument_values import show as _show
 from .dtypes import DType
 from .errors import UnsupportedError, UsageError
+from .expert_arguments import BALANCING, expert_fields, further_tokens
+from .expert_arguments import NEUTRAL as EXPERT_NEUTRAL
+from .latent_arguments import assumed, is_latent, latent_fields
+from .sizes import Sizes, read_shapes
 
 _UNTIED = "untie_embeddings_and_output_weights"
 _EMBEDDING_NORM_EPSILON = 1e-5
@@ -72,24 +81,26 @@ def architecture_from_args(
     _require(a)
     if legacy is None:
         legacy = _is_legacy(a)
-    kind = _position_embedding_type(a)
     activation, gated = _activation(a, legacy)
     biases = _or(a, "add_bias_linear", True)  # an argument since 2023-04
-    hidden, heads = a["hidden_size"], a["num_attention_heads"]
-    assert isinstance(hidden, int) and isinstance(heads, int)
-    rotary = _rotary(a, said, legacy) if kind == "rope" else {}
+    layers, hidden, heads = a["num_layers"], a["hidden_size"], a["num_attention_heads"]
+    assert isinstance(layers, int) and isinstance(hidden, int) and isinstance(heads, int)
+    ffn = _or(a, "ffn_hidden_size", _default_ffn(hidden, gated))
+    assert isinstance(ffn, int)
+    attention = (
+        latent_fields(a, heads)
+        if is_latent(a)
+        else _plain_attention(a, said, hidden, heads, legacy)
+    )
     return _build(
-        num_layers=a["num_layers"],
+        num_layers=layers,
         hidden_size=hidden,
-        ffn_hidden_size=_or(a, "ffn_hidden_size", _default_ffn(hidden, gated)),
+        ffn_hidden_size=ffn,
         num_attention_heads=heads,
-        num_query_groups=_query_groups(a, heads),
-        kv_channels=_or(a, "kv_channels", _default_kv_channels(a, hidden, heads)),
+        **attention,
         padded_vocab_size=a["padded_vocab_size"],
         max_position_embeddings=a["max_position_embeddings"],
         vocab_size=said["vocab_size"] if "vocab_size" in said else true_vocab_size(a),
-        position_embedding_type=kind,
-        **rotary,
         **_window(a, said, legacy),
         normalization=_normalization(a),
         layernorm_epsilon=a["layernorm_epsilon"],
@@ -97,7 +108,8 @@ def architecture_from_args(
         activation=activation,
         gated_linear_unit=gated,
         add_bias_linear=biases,
-        add_qkv_bias=biases or _or(a, "add_qkv_bias", False),  # an argument since core_v0.5
+        # An argument since core_v0.5, which latent attention does not look at.
+        add_qkv_bias=biases or (not is_latent(a) and _or(a, "add_qkv_bias", False)),
         qk_layernorm=_or(a, "qk_layernorm", False),
         embedding_norm=_embedding_norm(a),
         parallel_residual=a.get("gpt_j_residual") is True,
@@ -106,7 +118,30 @@ def architecture_from_args(
         hidden_dropout=_or(a, "hidden_dropout", 0.1),
         init_method_std=_or(a, "init_method_std", 0.02),
         params_dtype=_params_dtype(a),
+        **expert_fields(a, layers, ffn, legacy),
+        **further_tokens(a),
     )
+
+
+def _plain_attention(
+    a: Arguments, said: Arguments, hidden: int, heads: int, legacy: bool
+) -> dict[str, object]:
+    """Heads and positions of attention that is not latent."""
+    kind = _position_embedding_type(a)
+    rotary = _rotary(a, said, legacy) if kind == "rope" else {}
+    if not _is_in(a.get("rope_type"), (None, "rope")):
+        raise UnsupportedError(
+            "the model computes something that mtt cannot represent",
+            found=f"rope_type = {_show(a['rope_type'])} (YaRN rotary positions)",
+            expected="rope_type = rope, or latent attention",
+            fix="if the model has plain rotary positions, --set rope_type=rope",
+        )
+    return {
+        "num_query_groups": _query_groups(a, heads),
+        "kv_channels": _or(a, "kv_channels", _default_kv_channels(a, hidden, heads)),
+        "position_embedding_type": kind,
+        **rotary,
+    }
 
 
 def _build(**fields: object) -> Architecture:
@@ -117,6 +152,8 @@ def _check_overrides(overrides: Arguments) -> None:
     """Raise UsageError for a name that says nothing about the model."""
     for name in overrides:
         if (name in SETTINGS and name not in FOREIGN) or name in NEUTRAL or name in RENAMED:
+            continue
+        if name in EXPERT_NEUTRAL or name == BALANCING:
             continue
         if name in SUGGESTIONS:
             message, fix = "is Hugging Face's name", f"use Megatron's: {SUGGESTIONS[name]}"
@@ -211,44 +248,6 @@ def _require(a: Arguments) -> None:
         raise missing_arguments(
             missing, "the checkpoint's arguments do not say everything about the model"
         )
-
-
-def missing_arguments(names: Iterable[str], message: str) -> UsageError:
-    """The error that asks for arguments, each with an example."""
-    examples = {
-        "num_layers": "24",
-        "hidden_size": "1024",
-        "num_attention_heads": "16",
-        "max_position_embeddings": "2048",
-        "padded_vocab_size": "50304",
-        "layernorm_epsilon": "1e-5",
-        "layernorm_zero_centered_gamma": "False",
-        "position_embedding_type": "rope",
-        "rotary_base": "10000",
-        "rotary_percent": "1.0",
-        "use_rope_scaling": "False",
-        "group_query_attention": "True",
-        "swiglu": "True",
-        "bias_gelu_fusion": "True",
-        "gpt_j_residual": "True",
-        "untie_embeddings_and_output_weights": "True",
-    }
-    notes = {
-        "bias_gelu_fusion": "True: GELU by tanh, False: exact GELU; or squared_relu=True",
-        "layernorm_zero_centered_gamma": "True if norm weights are stored minus one",
-        "position_embedding_type": "rope, alibi or none",
-        "swiglu": "silu(gate) * up",
-        "untie_embeddings_and_output_weights": "True if there is a head, and its file is missing",
-        "gpt_j_residual": "True if attention and MLP run beside each other",
-    }
-    names = list(names)
-    return UsageError(
-        message,
-        found=f"no {', '.join(names)}",
-        expected="; ".join(f"{name} ({notes[name]})" if name in notes else name for name in names),
-        fix="with this model's values: "
-        + " ".join(f"--set {name}={examples[name]}" for name in names),
-    )
 
 
 def _ask(a: Arguments, name: str, used: object, who: str) -> UsageError:
@@ -637,6 +636,11 @@ def unknown_arguments(args: Arguments) -> list[str]:
     )
 
 
+def notes(args: Arguments, overrides: Arguments = NOTHING) -> tuple[str, ...]:
+    """What was taken for granted because arguments do not say it."""
+    return assumed({**_renamed(args, overrides), **_said(overrides)})
+
+
 def low_precision(args: Arguments) -> list[str]:
     """What training computed in few bits: notes that change nothing in a conversion."""
     return [
@@ -667,34 +671,9 @@ def _known_arguments() -> tuple[frozenset[str], tuple[str, ...]]:
     return names, tuple(word[:-1] for word in words if word.endswith("*"))
 
 
-def _or(a: Arguments, name: str, default: object) -> object:
-    """An argument's value, or the default where it is absent or None."""
-    value = a.get(name)
-    return default if value is None else value
-
-
-def _number(a: Arguments, name: str, default: float) -> float:
-    value = _or(a, name, default)
-    assert isinstance(value, (int, float))  # _check_types
-    return float(value)
-
-
-def _is_in(value: object, values: tuple[object, ...]) -> bool:
-    """Whether a plain value is one of these; an object of an unknown class never is."""
-    if isinstance(value, list):
-        value = tuple(value)
-    plain = value is None or isinstance(value, (bool, int, float, str, tuple, dict))
-    return plain and value in values
-
-
 def _neutral_text(value: object, values: tuple[object, ...]) -> str:
     """The neutral value to name beside a value that is not."""
     if isinstance(value, bool) and False in values:
         return "False"
     words = [word for word in values if isinstance(word, str) and word]
     return words[0] if words else "None"
-
-
-def _show(value: object) -> str:
-    text = str(value) if isinstance(value, DType) else repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -11,25 +11,36 @@ from .tensors import LazyTensor
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How many ways the model was split when it was written."""
+    """How many ways the model was split when it was written.
+
+    `etp` is the tensor parallelism of experts; None if it is that of everything else.
+    """
 
     tp: int = 1
     pp: int = 1
     vpp: int = 1
     ep: int = 1
+    etp: int | None = None
+
+    @property
+    def expert_tp(self) -> int:
+        """Tensor-parallel ranks that an expert is divided among."""
+        return self.tp if self.etp is None else self.etp
 
     def __str__(self) -> str:
         text = f"TP{self.tp} x PP{self.pp}"
         text += f" x VPP{self.vpp}" if self.vpp > 1 else ""
-        return text + (f" x EP{self.ep}" if self.ep > 1 else "")
+        text += f" x EP{self.ep}" if self.ep > 1 else ""
+        return text + (f" x ETP{self.etp}" if self.etp not in (None, self.tp) else "")
 
 
 @dataclass(frozen=True, slots=True)
 class Shard:
     """What one rank's model chunk holds, under the names in its file.
 
-    `where` names the file in messages; `tp`, `pp`, `vpp`, `ep` are the rank's coordinates, `args`
-    Megatron's arguments as this rank stored them.
+    `where` names the file in messages; `tp`, `pp`, `vpp`, `ep` are the rank's coordinates, `etp`
+    the one among those that divide an expert, None if it is `tp`; `args` Megatron's arguments as
+    this rank stored them.
     """
 
     where: str
@@ -39,6 +50,12 @@ class Shard:
     pp: int = 0
     vpp: int = 0
     ep: int = 0
+    etp: int | None = None
+
+    @property
+    def expert_tp(self) -> int:
+        """The rank among those that divide an expert."""
+        return self.tp if self.etp is None else self.etp
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,13 +101,15 @@ class RawCheckpoint:
 class Replicas:
     """Tensors that must hold the same bytes: copies of one parameter on several ranks.
 
-    `tied` marks the output layer that the last stage holds as a copy of the embedding.
+    `tied` marks the output layer that the last stage holds as a copy of the embedding; `within`
+    says that all are of one file set, where no policy for ranks applies.
     """
 
     name: str
     tensors: tuple[LazyTensor, ...]
     where: tuple[str, ...]
     tied: bool = False
+    within: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -99,9 +99,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _resuming(args: argparse.Namespace, arguments: list[str]) -> list[str]:
-    """The command again: an upload goes on where it was."""
+    """The command again: an upload and a part go on where they were."""
     uploads = args.command == "push" or getattr(args, "target", "").startswith("hf://")
-    return [*arguments, "--resume"] if uploads and "--resume" not in arguments else arguments
+    stays = uploads or getattr(args, "part", None) is not None
+    return [*arguments, "--resume"] if stays and "--resume" not in arguments else arguments
 
 
 class _Terminated(KeyboardInterrupt):
@@ -171,8 +172,24 @@ def _report(args: argparse.Namespace, code: str, error: MTTError, exit: int) -> 
     if getattr(args, "json", False):
         _print_json_error(args, code, error)
     details = {name: value and printable(value) for name, value in _details(error).items()}
-    print(f"error: {MTTError(printable(error.message), **details)}", file=sys.stderr)
+    text = f"error: {MTTError(printable(error.message), **details)}"
+    print(f"{_rank_of(args)}{text}", file=sys.stderr)
     return exit
+
+
+def _rank_of(args: argparse.Namespace) -> str:
+    """Which of many processes this is, where a launcher started all of them."""
+    if getattr(args, "part", None) != "auto":
+        return ""
+    import socket
+
+    from .parts import parse_part
+
+    try:
+        part = parse_part("auto")
+    except UsageError:
+        return ""
+    return f"[rank {part.number - 1}/{part.count} {socket.gethostname()}] "
 
 
 def _print_json_error(args: argparse.Namespace, code: str, error: MTTError) -> None:
@@ -301,15 +318,14 @@ def _add_layout_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_upload_options(group: Options) -> None:
-    group.add_argument(
-        "--resume",
-        action="store_true",
-        help="go on with an upload that was interrupted: what is there is not read again",
-    )
     group.add_argument("--private", action="store_true", help="if the repository is new")
     group.add_argument(
         "--create-pr", action="store_true", help="open a pull request instead of committing"
     )
+
+
+def _add_resume(parser: argparse.ArgumentParser, meaning: str) -> None:
+    parser.add_argument("--resume", action="store_true", help=meaning)
 
 
 def _add_dtype(parser: argparse.ArgumentParser, meaning: str) -> None:
@@ -367,6 +383,9 @@ def _convert(commands: argparse._SubParsersAction[_Parser]) -> None:
         "mtt convert llama-folder out --to hf --model-type mtt",
         "mtt convert /checkpoints/gpt hf://owner/repo     upload while converting",
         "mtt convert /checkpoints/gpt out --all-iterations",
+        "mtt convert /checkpoints/gpt out --resume     go on after an interruption",
+        "mtt convert /checkpoints/gpt out --resume --part 3/8     one of eight machines",
+        "srun -n 64 mtt convert /checkpoints/gpt out --resume --part auto",
     )
     parser.add_argument("source", metavar="CKPT", help=_SOURCE)
     parser.add_argument(
@@ -406,6 +425,11 @@ def _convert(commands: argparse._SubParsersAction[_Parser]) -> None:
     )
     _add_replicated(parser)
     parser.add_argument(
+        "--drop-mtp",
+        action="store_true",
+        help="leave out layers that predict further tokens (default: keep them)",
+    )
+    parser.add_argument(
         "--workers", type=int, metavar="N", help="threads (default: CPUs, at most 8)"
     )
     parser.add_argument(
@@ -415,6 +439,18 @@ def _convert(commands: argparse._SubParsersAction[_Parser]) -> None:
         help="per tensor, for the manifest (default: xxh3)",
     )
     _add_overwrite(parser, "replace an earlier conversion in OUT")
+    _add_resume(
+        parser,
+        "go on with an interrupted conversion: finished files stay, and those of this run do if it "
+        "is interrupted too; if there is nothing to go on with, begin",
+    )
+    parser.add_argument(
+        "--part",
+        metavar="I/N",
+        help="write one part of N, on machines that share a file system: each runs the same "
+        "command with its own number, from 1/N to N/N, and the last to end makes OUT whole; auto: "
+        "the rank of torchrun, srun or mpirun; docs/scale.md",
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the plan and write nothing")
     parser.add_argument(
         "--all-iterations",
@@ -568,6 +604,9 @@ def _push(commands: argparse._SubParsersAction[_Parser]) -> None:
         "--revision", metavar="R", help="the branch, made if it is not there (default: main)"
     )
     _add_overwrite(parser, "replace another model in the branch; it stays in the history")
+    _add_resume(
+        parser, "go on with an upload that was interrupted: what is there is not read again"
+    )
     _add_upload_options(parser)
     _add_json(parser)
 

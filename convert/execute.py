@@ -1,25 +1,34 @@
 """Runs a plan: bytes move from sources to a sink in windows of about 1 MB.
 
     1  every worker takes a file, streams its tensors in order, and hashes what it writes
-    2  idle workers take tensors from the files that are left
-    3  the sink completes each file when its last tensor is there
+    2  tensors that are columns of the same rows, of several files, are read once and written
+       together: what tensor parallelism makes of a row-parallel weight
+    3  idle workers take tensors from the files that are left; as far as there are others, no two
+       write to one file, where one would wait for the other
+    4  where there are more cores than workers, each reads and hashes ahead in a thread of its own
+    5  the sink completes each file when its last tensor is there
 
 Memory is the workers' windows, whatever the model's size.
 """
 
 from __future__ import annotations
 
+import os
 import threading
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import closing
+from dataclasses import dataclass
 from typing import Protocol
 
+from .ahead import ahead
 from .casting import cast_window
 from .manifest import new_hasher
 from .plan import ConversionPlan, PlannedFile, PlannedTensor
-from .reading import FileReader, stream
+from .reading import FileReader, columns, neighbours, stream, stream_together
 
+_AHEAD = 4
 Progress = Callable[[int, int], None]
 
 
@@ -49,15 +58,18 @@ def run(
     num_workers: int = 1,
     algorithm: str = "xxh3_128",
     progress: Progress | None = None,
+    file_by_file: bool = False,
 ) -> None:
     """Stream every tensor of the plan into the sink.
 
     Args:
         plan: what to write; its replicas are the caller's to check.
         sink: where to.
-        num_workers: threads; each holds one window.
+        num_workers: threads that write; each holds a window, or a few if it reads ahead.
         algorithm: hash reported per tensor.
         progress: called with (bytes done, bytes in all), from one thread at a time.
+        file_by_file: complete each file before the next is begun, as far as workers allow, even
+            where that reads rows again.
 
     Raises:
         MTTError: whatever a source or the sink raises; other workers stop at their next window.
@@ -65,8 +77,9 @@ def run(
     for file in plan.files:
         if not file.tensors:
             sink.file_done(file)
-    job = _Job(plan, sink, algorithm, progress)
     num_workers = min(num_workers, plan.num_tensors)
+    depth = _AHEAD if num_workers < num_cores() else 0
+    job = _Job(_queue(plan, file_by_file), sink, algorithm, progress, depth)
     if num_workers <= 1:
         job.work()
         return
@@ -79,17 +92,98 @@ def run(
             raise
 
 
+def num_cores() -> int:
+    """Cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1  # macOS
+
+
+Unit = tuple[tuple[PlannedFile, PlannedTensor], ...]
+
+
+@dataclass(slots=True)
+class _Entry:
+    """A file whose tensors wait; each with those of other files that are written with it.
+
+    Attributes:
+        bundle: the same number for files that are written together.
+    """
+
+    units: deque[Unit]
+    bundle: int
+
+
+def _queue(plan: ConversionPlan, file_by_file: bool) -> deque[_Entry]:
+    """What is to be done, file by file."""
+    together = {} if file_by_file else _together(plan)
+    bundle = {file.name: number for number, file in enumerate(plan.files)}
+    for unit in together.values():
+        joined = {bundle[file.name] for file, _ in unit}
+        if len(joined) > 1:
+            for name, number in bundle.items():
+                bundle[name] = min(joined) if number in joined else number
+    entries: deque[_Entry] = deque()
+    for file in plan.files:
+        units: deque[Unit] = deque()
+        for tensor in file.tensors:
+            unit = together.get((file.name, tensor.name), ((file, tensor),))
+            if unit[0][1] is tensor:
+                units.append(unit)
+        entries.append(_Entry(units, bundle[file.name]))
+    return entries
+
+
+def _together(plan: ConversionPlan) -> dict[tuple[str, str], Unit]:
+    """For tensors that share their rows with others: all of them, by increasing column."""
+    alike: defaultdict[object, list[tuple[PlannedFile, PlannedTensor]]] = defaultdict(list)
+    for file in plan.files:
+        for tensor in file.tensors:
+            if place := columns(tensor.source):
+                alike[place, tensor.dtype].append((file, tensor))
+    found: dict[tuple[str, str], Unit] = {}
+    for group in alike.values():
+        group.sort(key=lambda item: item[1].source.pieces[0].offset)
+        while group:
+            first = group[0][1].source
+            count = 1
+            while count < len(group) and neighbours(first, group[count][1].source):
+                count += 1
+            unit = tuple(group[:count])
+            del group[:count]
+            if count > 1:
+                found |= {(file.name, tensor.name): unit for file, tensor in unit}
+    return found
+
+
+@dataclass(slots=True)
+class _Step:
+    """A window of each tensor of a unit; or, behind the last, their hashes."""
+
+    unit: Unit
+    position: int = 0
+    data: Sequence[memoryview] = ()
+    digests: Sequence[str] = ()
+
+
 class _Job:
     """State that the workers of one run share."""
 
     def __init__(
-        self, plan: ConversionPlan, sink: Sink, algorithm: str, progress: Progress | None
+        self,
+        waiting: deque[_Entry],
+        sink: Sink,
+        algorithm: str,
+        progress: Progress | None,
+        depth: int,
     ) -> None:
         self._sink, self._algorithm, self._progress = sink, algorithm, progress
         self._lock = threading.Lock()
-        self._waiting = deque((file, deque(file.tensors)) for file in plan.files)
-        self._left = {file.name: len(file.tensors) for file in plan.files}
-        self._done, self._total = 0, sum(t.num_bytes for f in plan.files for t in f.tensors)
+        self._waiting, self._depth = waiting, depth
+        self._busy: Counter[int] = Counter()
+        tensors = [item for entry in waiting for unit in entry.units for item in unit]
+        self._left = Counter(file.name for file, _ in tensors)
+        self._done, self._total = 0, sum(tensor.num_bytes for _, tensor in tensors)
         self._stopped = False
 
     def stop(self) -> None:
@@ -98,48 +192,80 @@ class _Job:
 
     def work(self) -> None:
         """Copy tensors until there are none left."""
-        with FileReader() as reader:
-            try:
-                for file, tensor in self._units():
-                    self._copy(reader, file, tensor)
-            except BaseException:
-                self.stop()
-                raise
+        with FileReader(num_windows=1 + self._depth) as reader:
+            steps = self._steps(reader)
+            with closing(ahead(steps, self._depth) if self._depth else steps) as steps:
+                try:
+                    for step in steps:
+                        self._write(step)
+                except BaseException:
+                    self.stop()
+                    raise
 
-    def _units(self) -> Iterator[tuple[PlannedFile, PlannedTensor]]:
+    def _units(self) -> Iterator[Unit]:
         """Tensors for one worker: files of its own first, then what others have not begun."""
-        own: tuple[PlannedFile, deque[PlannedTensor]] | None = None
+        own: _Entry | None = None
         while not self._stopped:
             with self._lock:
-                if own is None or not own[1]:
-                    own = next((entry for entry in self._waiting if entry[1]), None)
+                if own is None or not own.units:
+                    if own is not None:
+                        self._busy[own.bundle] -= 1
+                    own = self._next_file()
                     if own is None:
                         return
-                    self._waiting.remove(own)
-                    self._waiting.append(own)
-                tensor = own[1].popleft()
-            yield own[0], tensor
+                unit = own.units.popleft()
+            yield unit
 
-    def _copy(self, reader: FileReader, file: PlannedFile, tensor: PlannedTensor) -> None:
-        hasher = new_hasher(self._algorithm)
-        position = 0
-        for window in stream(tensor.source, reader):
-            if self._stopped:
-                return
-            data = cast_window(window, tensor.source.dtype, tensor.dtype)
-            hasher.update(data)
-            self._sink.write(file, tensor, position, data)
-            position += len(data)
-            self._advance(len(data))
-        self._sink.tensor_done(file, tensor, hasher.hexdigest())
-        with self._lock:
-            self._left[file.name] -= 1
-            complete = self._left[file.name] == 0
-        if complete:
-            self._sink.file_done(file)
+    def _next_file(self) -> _Entry | None:
+        """The first file that no other worker writes to, or that the fewest have taken last."""
+        entries = [entry for entry in self._waiting if entry.units]
+        if not entries:
+            return None
+        entry = min(entries, key=lambda entry: self._busy[entry.bundle])
+        self._busy[entry.bundle] += 1
+        self._waiting.remove(entry)
+        self._waiting.append(entry)
+        return entry
+
+    def _steps(self, reader: FileReader) -> Generator[_Step, None, None]:
+        """What one worker reads: windows, and the hashes of a unit after its last."""
+        for unit in self._units():
+            hashers = [new_hasher(self._algorithm) for _ in unit]
+            position = 0
+            for windows in _windows(unit, reader):
+                if self._stopped:
+                    return
+                pairs = zip(unit, windows, strict=True)
+                data = [cast_window(w, t.source.dtype, t.dtype) for (_, t), w in pairs]
+                for hasher, part in zip(hashers, data, strict=True):
+                    hasher.update(part)
+                yield _Step(unit, position, data)
+                position += len(data[0])
+            yield _Step(unit, digests=[hasher.hexdigest() for hasher in hashers])
+
+    def _write(self, step: _Step) -> None:
+        if not step.digests:
+            for (file, tensor), data in zip(step.unit, step.data, strict=True):
+                self._sink.write(file, tensor, step.position, data)
+                self._advance(len(data))
+            return
+        for (file, tensor), digest in zip(step.unit, step.digests, strict=True):
+            self._sink.tensor_done(file, tensor, digest)
+            with self._lock:
+                self._left[file.name] -= 1
+                complete = self._left[file.name] == 0
+            if complete:
+                self._sink.file_done(file)
 
     def _advance(self, num_bytes: int) -> None:
         with self._lock:
             self._done += num_bytes
             if self._progress:
                 self._progress(self._done, self._total)
+
+
+def _windows(unit: Unit, reader: FileReader) -> Iterator[Sequence[memoryview]]:
+    sources = [tensor.source for _, tensor in unit]
+    if len(sources) > 1:
+        return stream_together(sources, reader)
+    return ((window,) for window in stream(sources[0], reader))

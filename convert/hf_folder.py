@@ -19,11 +19,14 @@ from .conversion import (
 from .documents import config_json, generation_json, modeling_files, special_tokens
 from .errors import UsageError
 from .families import FAMILIES, Family, exact_families
+from .families.names import EXPERTS
 from .formats.hf_safetensors import INDEX, plan_files
 from .plan import ConversionPlan, parse_size
 from .tokenizer import Tokenizer
 
 AUTO, DEFAULT = "auto", "mtt"
+# What every class keeps in float32 in a model of another type.
+_NOT_CAST = (EXPERTS.bias,)
 
 
 def plan_conversion(
@@ -62,10 +65,11 @@ def plan_conversion(
     exact = _preferred(exact_families(architecture), checkpoint)
     family = _family(model_type, architecture, exact)
     tensors = family.rules(architecture).apply(checkpoint.tensors, architecture)
-    files, index = plan_files(tensors, dtype, parse_size(max_shard_size))
+    count = sum(tensor.num_elements for tensor in tensors.values())
+    tensors |= {n: tensors[original] for n, original in family.copies(architecture).items()}
+    files, index = plan_files(tensors, dtype, parse_size(max_shard_size), kept=_NOT_CAST)
     fields = family.config(architecture)
     stored = main_dtype(tensors) if dtype == "auto" else dtype
-    count = sum(tensor.num_elements for tensor in tensors.values())
     tokens = special_tokens(words, checkpoint.config or stored_tokens(checkpoint))
     documents = {
         **modeling_files(family),
@@ -107,11 +111,14 @@ def _family(model_type: str, architecture: Architecture, exact: tuple[str, ...])
     family = FAMILIES[model_type]
     misfits = () if family.code else family.misfits(architecture)
     if misfits:
+        others = f"--model-type {exact[0] if exact else DEFAULT}, which computes exactly the same"
+        if all(text.startswith("mtp_num_layers") for text in misfits):
+            others = f"--drop-mtp leaves out the layers that predict further tokens; or {others}"
         raise UsageError(
             f"this model is not exactly a {model_type}; nothing was written",
             found="; ".join(misfits),
             expected=f"what {family.causal_lm} computes",
-            fix=f"--model-type {exact[0] if exact else DEFAULT}, which computes exactly the same",
+            fix=others,
         )
     return family
 

@@ -4,8 +4,9 @@
     model*.safetensors, index    the family's names -> canonical names
 
 What older versions of transformers saved beside the weights is left out and reported: buffers
-that are computed anew, and the head of a model whose head is tied, which must be equal. Names
-without the prefix of the model with a head are those of a folder that was saved without it.
+that are computed anew, and the head of a model whose head is tied, which must be equal; so must
+what a class stores twice. Names without the prefix of the model with a head are those of a folder
+that was saved without it.
 """
 
 from __future__ import annotations
@@ -82,13 +83,19 @@ def open_hf_folder(
     _check_weights(folder)
     architecture = family.architecture(config)
     stored = hf_safetensors.read_tensors(folder)
+    if scales := [name for name in stored if name.endswith("_scale_inv")]:
+        raise _quantised(f"scales of blocks: {shorten(scales, 4)}")
     skipped = tuple(sorted(set(stored) & set(skip_keys)))
     buffers = tuple(n for n in stored if re.fullmatch(family.buffers, n) and n not in skipped)
     kept = {n: t for n, t in stored.items() if n not in {*skipped, *buffers}}
+    architecture = family.as_stored(architecture, kept)
     tensors, replicas = _canonical(kept, family, architecture)
-    dropped = {"skipped": skipped, "buffers": buffers}
-    if replicas:
-        dropped["tied copy"] = (_HEAD,)
+    dropped = {
+        "skipped": skipped,
+        "buffers": buffers,
+        "tied copy": tuple(copy.name for copy in replicas if copy.tied),
+        "copies": tuple(copy.name for copy in replicas if not copy.tied),
+    }
     files = {piece.path for tensor in tensors.values() for piece in tensor.pieces}
     return Checkpoint(
         format=FORMAT,
@@ -157,12 +164,16 @@ def _check_class(family: Family, config: Mapping[str, object]) -> None:
     if config.get("quantization_config"):
         details = config["quantization_config"]
         method = details.get("quant_method") if isinstance(details, dict) else None
-        raise UnsupportedError(
-            "the weights are kept in a quantised form",
-            found=f"quantization_config with quant_method = {method!r}",
-            expected="weights in float32, float16 or bfloat16",
-            fix="give the folder this one was quantised from",
-        )
+        raise _quantised(f"quantization_config with quant_method = {method!r}")
+
+
+def _quantised(found: str) -> UnsupportedError:
+    return UnsupportedError(
+        "the weights are kept in a quantised form",
+        found=found,
+        expected="weights in float32, float16 or bfloat16",
+        fix="give the folder this one was quantised from",
+    )
 
 
 def _check_weights(folder: str) -> None:
@@ -189,23 +200,29 @@ def _with_prefix(
 def _canonical(
     stored: Mapping[str, LazyTensor], family: Family, architecture: Architecture
 ) -> tuple[dict[str, LazyTensor], tuple[Replicas, ...]]:
-    """Tensors under canonical names, and the copy of the embedding that a tied head is."""
+    """Tensors under canonical names, and copies: a tied head, and what the class has twice."""
     table = family.rules(architecture)
     head, embedding = (table.resolve([name])[0].targets[0] for name in (_HEAD, _EMBEDDING))
-    tensors = dict(_with_prefix(stored, family, head))
-    replicas: tuple[Replicas, ...] = ()
+    tensors = dict(family.respell(_with_prefix(stored, family, head), architecture))
+    replicas = []
     if head in tensors and not architecture.untie_embeddings_and_output_weights:
         copy = tensors.pop(head)
         if embedding in tensors:
-            pair = (tensors[embedding], copy)
-            where = tuple(
-                f"{name} in {os.path.basename(tensor.pieces[0].paths[0])}"
-                for name, tensor in zip((embedding, head), pair, strict=True)
-            )
-            replicas = (Replicas(_HEAD, pair, where, tied=True),)
+            pair = {embedding: tensors[embedding], head: copy}
+            replicas.append(Replicas(_HEAD, *_copies(pair), tied=True))
+    for name, original in family.copies(architecture).items():
+        if name in tensors and original in tensors:
+            pair = {original: tensors[original], name: tensors.pop(name)}
+            replicas.append(Replicas(name, *_copies(pair), within=True))
     _check_complete(tensors, table, architecture)
     _check_types(tensors, table)
-    return table.inverse.apply(tensors, architecture), replicas
+    return table.inverse.apply(tensors, architecture), tuple(replicas)
+
+
+def _copies(named: Mapping[str, LazyTensor]) -> tuple[tuple[LazyTensor, ...], tuple[str, ...]]:
+    """Tensors that must be equal, and where each of them is."""
+    where = (f"{n} in {os.path.basename(t.pieces[0].paths[0])}" for n, t in named.items())
+    return tuple(named.values()), tuple(where)
 
 
 def _check_complete(

@@ -15,15 +15,12 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 from urllib.parse import quote
 
-import xxhash
-
 from .errors import TargetError, UsageError
 from .hub import Blob, HubPlace
-from .plan import ConversionPlan
 from .writing import LOCK, FolderLock, target_error
 
 _STATE = "state.json"
@@ -146,36 +143,3 @@ class UploadState:
             os.replace(path + ".part", path)
         except OSError as error:
             raise target_error(self.folder, error) from error
-
-
-def work_of_plan(plan: ConversionPlan, algorithm: str) -> str:
-    """A hash of what a conversion reads and writes: its files, and whence every byte of them.
-
-    Source files count by path, size and time of their last change.
-    """
-    hasher = xxhash.xxh3_128(algorithm.encode())
-    paths = set()
-    for file in plan.files:
-        hasher.update(repr((file.name, file.fixed)).encode())
-        for tensor in file.tensors:
-            facts = (tensor.name, str(tensor.dtype), tensor.offset, tensor.source)
-            hasher.update(repr(facts).encode())
-            paths |= {path for piece in tensor.source.pieces for path in piece.paths}
-    for path in sorted(paths):
-        hasher.update(repr(_stamp(path)).encode())
-    return str(hasher.hexdigest())
-
-
-def work_of_files(paths: Mapping[str, str]) -> str:
-    """A hash of files by name, size and time of their last change."""
-    stamps = [(name, _stamp(path)) for name, path in sorted(paths.items())]
-    return str(xxhash.xxh3_128(repr(stamps).encode()).hexdigest())
-
-
-def _stamp(path: str) -> tuple[object, ...]:
-    """What tells whether a file changed; of one that is not on this machine only its name."""
-    try:
-        facts = os.stat(path)
-    except (OSError, ValueError):
-        return (path,)
-    return (path, facts.st_size, facts.st_mtime_ns)

@@ -19,9 +19,10 @@ from typing import Any
 from . import manifest
 from .execute import Progress
 from .hub import CARD, Blob, Branch, HubPlace, earlier_manifest
-from .hub_state import UploadState, work_of_plan
+from .hub_state import UploadState
 from .plan import ConversionPlan, PlannedFile, PlannedTensor, document
 from .unchanged import is_same
+from .work import work_of_upload
 from .writing import FileWriter
 
 
@@ -56,7 +57,7 @@ class HubSink:
         self.unchanged = False
         self._plan, self._algorithm, self._overwrite = plan, algorithm, overwrite
         self._branch = Branch(place, private, create_pr)
-        self._state = UploadState(place, work_of_plan(plan, algorithm), resume)
+        self._state = UploadState(place, work_of_upload(plan, algorithm), resume)
         self._writer = FileWriter(self._state.folder, self.manifest)
         self._progress, self._done = progress, 0
         self._blobs: list[Blob] = []
@@ -175,8 +176,7 @@ class HubSink:
         if self.unchanged:
             return
         self._wait()
-        for name, data in self._plan.documents.items():
-            self.manifest["documents"][name] = manifest.digest(data, self._algorithm)
+        self.manifest["documents"] = manifest.digests(self._plan.documents, self._algorithm)
         self.manifest["status"] = "complete"
         documents = {**self._plan.documents, manifest.NAME: document(self.manifest)}
         source = self.manifest["source"]

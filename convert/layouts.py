@@ -50,7 +50,7 @@ def plan_stages(
     """
     _check_sizes(architecture, layout)
     if pipeline_layout is not None:
-        counts = _parse(pipeline_layout, architecture.num_layers, layout.pp)
+        counts = _parse(pipeline_layout, architecture, layout.pp)
     else:
         counts = _even(architecture.num_layers, layout)
     starts = [sum(counts[:number]) for number in range(len(counts))]
@@ -87,22 +87,17 @@ def _check_sizes(a: Architecture, layout: Layout) -> None:
     for option, size in (("tp", layout.tp), ("pp", layout.pp), ("vpp", layout.vpp)):
         if not 1 <= size <= _MOST_RANKS:
             raise LayoutError(f"an impossible --{option}", found=str(size), expected="at least 1")
-    if layout.ep != 1:
-        raise LayoutError(
-            "a dense model has no experts to divide; nothing was written",
-            found=f"--ep {layout.ep}",
-            expected="--ep 1",
-            fix="leave out --ep",
-        )
+    _check_experts(a, layout)
     if not _can_be_tensor_parallel(a, layout.tp):
         sizes = _choices(
             lambda tp: _can_be_tensor_parallel(a, tp), a.num_attention_heads, layout.tp
         )
+        groups = "" if a.multi_latent_attention else f", {a.num_query_groups} query groups"
+        widths = " and ".join(map(str, _mlp_widths(a)))
         raise LayoutError(
             f"the model cannot be divided over {layout.tp} tensor-parallel ranks; "
             "nothing was written",
-            found=f"{a.num_attention_heads} heads, {a.num_query_groups} query groups, an MLP of "
-            f"{a.ffn_hidden_size}",
+            found=f"{a.num_attention_heads} heads{groups}, an MLP of {widths}",
             expected=f"a size that divides them: {sizes}",
             fix="choose one of these for --tp",
         )
@@ -115,17 +110,59 @@ def _check_sizes(a: Architecture, layout: Layout) -> None:
         )
 
 
+def _check_experts(a: Architecture, layout: Layout) -> None:
+    """Raise LayoutError unless the experts can be divided like this."""
+    for option, size in (("ep", layout.ep), ("etp", layout.expert_tp)):
+        if not 1 <= size <= _MOST_RANKS:
+            raise LayoutError(f"an impossible --{option}", found=str(size), expected="at least 1")
+    experts = a.num_experts
+    if experts is None:
+        if layout.ep != 1:
+            raise LayoutError(
+                "a dense model has no experts to divide; nothing was written",
+                found=f"--ep {layout.ep}",
+                expected="--ep 1",
+                fix="leave out --ep",
+            )
+        return
+    if experts % layout.ep:
+        raise LayoutError(
+            f"{experts} experts cannot be divided among {layout.ep} ranks; nothing was written",
+            found=f"--ep {layout.ep}",
+            expected="a size that divides them: "
+            + _choices(lambda ep: experts % ep == 0, experts, layout.ep),
+            fix="choose one of these for --ep",
+        )
+    width, etp = a.moe_ffn_hidden_size, layout.expert_tp
+    if width % etp:
+        raise LayoutError(
+            f"an expert cannot be divided over {etp} tensor-parallel ranks; nothing was written",
+            found=f"a width of {width}, --etp {etp}"
+            + (", which is that of --tp unless given" if layout.etp is None else ""),
+            expected=f"a size that divides it: {_choices(lambda n: width % n == 0, width, etp)}",
+            fix="choose one of these for --etp",
+        )
+
+
 def tensor_parallel_sizes(a: Architecture, most: int) -> list[int]:
     """The sizes up to `most` that tensor parallelism can have."""
     return [size for size in range(1, most + 1) if _can_be_tensor_parallel(a, size)]
 
 
+def _mlp_widths(a: Architecture) -> list[int]:
+    """Widths of the MLPs that tensor parallelism divides, experts left out."""
+    widths = [a.ffn_hidden_size] if not all(a.moe_layers) else []
+    return [*widths, *filter(None, [a.moe_shared_expert_intermediate_size])]
+
+
 def _can_be_tensor_parallel(a: Architecture, tp: int) -> bool:
     """Whether every split dimension divides; groups may also be cut, as Megatron-Core 0.16 does."""
-    split = (a.num_attention_heads, a.ffn_hidden_size, a.qkv_size)
-    return all(size % tp == 0 for size in split) and (
-        a.num_query_groups % tp == 0 or tp % a.num_query_groups == 0
-    )
+    split = (a.num_attention_heads, *_mlp_widths(a))
+    if any(size % tp for size in split):
+        return False
+    if a.multi_latent_attention:
+        return True
+    return a.qkv_size % tp == 0 and (a.num_query_groups % tp == 0 or tp % a.num_query_groups == 0)
 
 
 def _even(num_layers: int, layout: Layout) -> list[int]:
@@ -158,24 +195,30 @@ def _choices(fits: Callable[[int], bool], most: int, wanted: int) -> str:
     return ", ".join(map(str, nearest))
 
 
-def _parse(text: str, num_layers: int, pp: int) -> list[int]:
-    """Layers per stage of a custom layout: E embedding, t layer, L loss, | next stage."""
+def _parse(text: str, a: Architecture, pp: int) -> list[int]:
+    """Layers per stage of a custom layout.
+
+    E embedding, t layer, m layer that predicts further tokens, L loss, | next stage.
+    """
     num_chunks(text, pp)
     stages = _unrolled(text).split("|")
     letters = "".join(stages)
-    if set(letters) - set("EtL") or letters != f"E{'t' * (len(letters) - 2)}L":
+    tail = "m" * a.mtp_num_layers + "L"
+    middle = letters[1 : len(letters) - len(tail)]
+    if not (letters.startswith("E") and stages[-1].endswith(tail) and set(middle) <= {"t"}):
+        further = "m for every one that predicts further tokens, " if a.mtp_num_layers else ""
         raise LayoutError(
             "the pipeline layout cannot be read; nothing was written",
             found=text,
-            expected="E (embedding) first, t for every layer, L (loss) last, | between stages; "
-            "t*4 and (tt|)*3 repeat",
+            expected=f"E (embedding) first, t for every layer, {further}L (loss) last, "
+            "| between stages; t*4 and (tt|)*3 repeat",
             fix="correct --pipeline-model-parallel-layout",
         )
-    if letters.count("t") != num_layers:
+    if letters.count("t") != a.num_layers:
         raise LayoutError(
             "the pipeline layout has another number of layers; nothing was written",
             found=f"{letters.count('t')} layers in {text}",
-            expected=f"{num_layers} layers",
+            expected=f"{a.num_layers} layers",
             fix="correct --pipeline-model-parallel-layout",
         )
     return [stage.count("t") for stage in stages]

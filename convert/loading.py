@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import replicas
 from .documents import generation_config
+from .dropping import without_mtp
 from .errors import MTTError, UsageError
 from .execute import Progress, run
 from .pipeline import open_checkpoint, plan_conversion
@@ -70,6 +71,7 @@ def from_megatron(
     tokenizer: str | None = None,
     replicated: str | None = None,
     qkv_order: str = "auto",
+    drop_mtp: bool = False,
     num_workers: int = 1,
     progress: Progress | None = None,
     **kwargs: Any,
@@ -84,6 +86,7 @@ def from_megatron(
         tp_size, pp_size: processes that share every layer, and stages that layers are dealt to.
         dtype, vocab_padding, tokenizer: see `plan_conversion`.
         replicated: see `convert`; what it warns of is logged.
+        drop_mtp: leave out layers that predict further tokens.
         num_workers: threads that read.
         progress: called with (bytes done, bytes in all).
         kwargs: fields of `MTTConfig` to replace, or `attn_implementation`.
@@ -112,6 +115,7 @@ def from_megatron(
         skip_keys=skip_keys,
         qkv_order=qkv_order,
     )
+    checkpoint = without_mtp(checkpoint) if drop_mtp else checkpoint
     checkpoint, policy = replicas.settle(checkpoint, replicated)
     conversion = plan_conversion(
         checkpoint, dtype=dtype, vocab_padding=vocab_padding, tokenizer=tokenizer

@@ -8,8 +8,10 @@
 `header` is the hash of all bytes that belong to no tensor. `places` says where tensors stand in
 files that are no safetensors, which say so themselves.
 
-It stands in the folder from the beginning, is replaced as files are completed, and holds
-neither times nor paths: the same input gives the same bytes.
+It stands in the folder from the beginning, is replaced before a complete file gets its name, and
+holds neither times nor paths in the end: the same input gives the same bytes. While it is running,
+it has for `--resume` the hash of its `work` (see `work.py`), and as `boot` when the machine was
+started whose memory may still hold some of it, or null if all of it is on the disk.
 """
 
 from __future__ import annotations
@@ -25,10 +27,16 @@ from typing import Any, Protocol, cast
 import xxhash
 
 from .dtypes import DTYPES
-from .errors import CorruptError, NotACheckpointError, SourceError, UsageError
+from .errors import (
+    CorruptError,
+    IncompleteError,
+    NotACheckpointError,
+    SourceError,
+    UsageError,
+)
 from .plan import ConversionPlan, PlannedFile, document
 
-NAME = "mtt_manifest.json"
+NAME, PARTS = "mtt_manifest.json", ".mtt.parts"
 SCHEMA = 1
 # The only subfolders mtt writes to: what a manifest names is replaced by `--overwrite`.
 _BELOW = re.compile(r"((iter_\d{7,}|release)(/mp_rank_[\d_]+)?|tokenizer)/[^/]+")
@@ -76,7 +84,7 @@ def planned(plan: ConversionPlan, source: Mapping[str, Any], algorithm: str) -> 
         "hash": algorithm,
         "source": dict(source),
         "files": {file.name: planned_file(file) for file in plan.files},
-        "documents": {},
+        "documents": dict.fromkeys(plan.documents, ""),
     }
 
 
@@ -100,13 +108,28 @@ def digest(data: bytes, algorithm: str) -> str:
     return hasher.hexdigest()
 
 
-def write(folder: str, manifest: Mapping[str, Any]) -> None:
-    """Replace the manifest of a folder in one step."""
-    temporary = os.path.join(folder, NAME + ".part")
+def digests(documents: Mapping[str, bytes], algorithm: str) -> dict[str, str]:
+    """The hashes of documents."""
+    return {name: digest(data, algorithm) for name, data in documents.items()}
+
+
+def write(
+    folder: str,
+    manifest: Mapping[str, Any],
+    name: str = NAME,
+    *,
+    suffix: str = ".part",
+    keeps: bool = False,
+) -> None:
+    """Replace the manifest of a folder in one step, which reaches the disk if it `keeps`."""
+    temporary = os.path.join(folder, name + suffix)
     try:
         with open(temporary, "wb") as file:
             file.write(document(manifest))
-        os.replace(temporary, os.path.join(folder, NAME))
+            if keeps:
+                file.flush()
+                os.fsync(file.fileno())
+        os.replace(temporary, os.path.join(folder, name))
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
@@ -138,9 +161,17 @@ def read(folder: str) -> dict[str, Any]:
 
     Raises:
         NotACheckpointError: there is none.
+        IncompleteError: there will be one when all parts are written.
         CorruptError: it is not readable.
     """
     path = os.path.join(folder, NAME)
+    if not os.path.isfile(path) and os.path.isdir(os.path.join(folder, PARTS)):
+        raise IncompleteError(
+            f"{folder} is written in parts, and some of them are missing",
+            found=f"{PARTS}, and no {NAME}",
+            expected=f"{NAME}, which the last part writes",
+            fix="wait for the others, or run those that died again with --resume",
+        )
     if not os.path.isfile(path):
         raise NotACheckpointError(
             f"{folder} has no {NAME}",

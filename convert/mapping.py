@@ -3,18 +3,20 @@
 A `Rule` connects templates; a `RuleTable` resolves concrete names before any tensor exists:
 
     {i}        a number (layer)          {p}        "weight" or "bias"
+    {e}        a number (expert)
     {q,k,v}    one template each, in this order: `x.{a,b}` is the tuple `x.a`, `x.b`
 
     Rule("a.{i}.{p}", "b.{i}.{p}")                  rename
     Rule("a.{i}.{p}", "b.{i}.{x,y}.{p}", Split())   one to two; reversed: two to one
+    Rule("a.{i}", "b.{i}", beside="c.{i}")          only in layers that have a c
 """
 
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import cast
 
@@ -24,8 +26,13 @@ from .errors import MappingError
 from .ops import Op, Same
 from .tensors import LazyTensor
 
-_PLACEHOLDERS = {"i": r"(?P<i>0|[1-9][0-9]{0,6})", "p": r"(?P<p>weight|bias)"}
+_PLACEHOLDERS = {
+    "i": r"(?P<i>0|[1-9][0-9]{0,6})",
+    "e": r"(?P<e>0|[1-9][0-9]{0,6})",
+    "p": r"(?P<p>weight|bias)",
+}
 _NOT_NEEDED = cast(Architecture, None)
+_DIGITS = re.compile(r"\d+")
 _ALTERNATIVES = re.compile(r"\{([^{}]*,[^{}]*)\}")
 
 
@@ -34,17 +41,27 @@ class Rule:
     """One line of a table: source template, target template, and what happens in between.
 
     A `one_way` rule is a spelling that is read but never written: another line has the same target.
+    A rule `beside` a name holds where that name is present too, one `unless` a name where it is
+    not; both are templates that are spelled alike on either side.
     """
 
     source: str
     target: str
     op: Op = Same()
     one_way: bool = False
+    beside: str | None = None
+    unless: str | None = None
 
     @property
     def inverse(self) -> Rule:
         """The rule read from right to left."""
-        return Rule(self.target, self.source, self.op.inverse)
+        return replace(self, source=self.target, target=self.source, op=self.op.inverse)
+
+    def holds(self, values: Mapping[str, str], present: Collection[str]) -> bool:
+        """Whether it applies under these placeholder values, among these names."""
+        if self.beside is not None and self.names(self.beside, values)[0] not in present:
+            return False
+        return self.unless is None or self.names(self.unless, values)[0] not in present
 
     @cached_property
     def patterns(self) -> tuple[re.Pattern[str], ...]:
@@ -53,10 +70,10 @@ class Rule:
 
     def names(self, template: str, values: Mapping[str, str]) -> tuple[str, ...]:
         """The concrete names of a template under the given placeholder values."""
-        return tuple(
-            name.replace("{i}", values.get("i", "")).replace("{p}", values.get("p", ""))
-            for name in _expand(template)
-        )
+        names = _expand(template)
+        for placeholder, value in values.items():
+            names = tuple(name.replace(f"{{{placeholder}}}", value) for name in names)
+        return names
 
 
 @dataclass(frozen=True)
@@ -92,12 +109,10 @@ class RuleTable:
         unmatched, twice, partial = [], [], []
         for name in names:
             found = []
-            for number, rule in enumerate(self.rules):
-                for pattern in rule.patterns:
-                    if hit := pattern.fullmatch(name):
-                        sources = rule.names(rule.source, hit.groupdict())
-                        targets = rule.names(rule.target, hit.groupdict())
-                        found.append(((number, sources), Match(rule, sources, targets)))
+            for number, rule, values in self._rules_for(name, present):
+                sources = rule.names(rule.source, values)
+                targets = rule.names(rule.target, values)
+                found.append(((number, sources), Match(rule, sources, targets)))
             if not found:
                 unmatched.append(name)
             elif len(found) > 1:
@@ -113,6 +128,12 @@ class RuleTable:
         _refuse("tensors that stand alone where a group is needed", partial)
         _refuse("tensors that several sources would become", collisions)
         return tuple(matches.values())
+
+    def count_known(self, names: Iterable[str]) -> int:
+        """How many of these names have a rule."""
+        names = list(names)
+        present = set(names)
+        return sum(any(True for _ in self._rules_for(name, present)) for name in names)
 
     def rename(self, tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
         """`apply`, for a table whose ops need no architecture.
@@ -145,24 +166,60 @@ class RuleTable:
             result.extend(zip(places, match.targets, parts, strict=True))
         return {name: tensor for _, name, tensor in sorted(result, key=lambda item: item[0])}
 
+    def _rules_for(
+        self, name: str, present: Collection[str]
+    ) -> Iterator[tuple[int, Rule, Mapping[str, str]]]:
+        """The rules that match a name among these, numbered, with the placeholders' values."""
+        for number, rule, pattern in self._candidates.get(_shape_of(name), ()):
+            hit = pattern.fullmatch(name)
+            if hit and rule.holds(hit.groupdict(), present):
+                yield number, rule, hit.groupdict()
+
+    @cached_property
+    def _candidates(self) -> dict[str, list[tuple[int, Rule, re.Pattern[str]]]]:
+        """The rules that a name may match, by the name without its numbers."""
+        found: dict[str, list[tuple[int, Rule, re.Pattern[str]]]] = defaultdict(list)
+        for number, rule in enumerate(self.rules):
+            for template, pattern in zip(_expand(rule.source), rule.patterns, strict=True):
+                shape = template.replace("{i}", "0").replace("{e}", "0")
+                for kind in ("weight", "bias") if "{p}" in shape else ("",):
+                    key = _shape_of(shape.replace("{p}", kind))
+                    found[key].append((number, rule, pattern))
+        return found
+
     def _places(self, match: Match) -> list[Ints]:
         """Where each target of a match stands among all."""
-        number, (first, last) = self._numbers[match.rule], self._layer_rules
+        number = self._numbers[match.rule]
         hit = match.rule.patterns[0].fullmatch(match.sources[0])
         values = hit.groupdict() if hit else {}
-        block = 0 if number < first else 1 if number <= last else 2
-        layer, is_bias = int(values.get("i", 0)), int(values.get("p") == "bias")
-        return [(block, layer, number, part, is_bias) for part in range(len(match.targets))]
+        block, group = self._blocks[number]
+        layer, expert = int(values.get("i", 0)), int(values.get("e", 0))
+        is_bias = int(values.get("p") == "bias")
+        return [
+            (block, layer, group, expert, number, part, is_bias)
+            for part in range(len(match.targets))
+        ]
 
     @cached_property
     def _numbers(self) -> dict[Rule, int]:
         return {rule: number for number, rule in enumerate(self.rules)}
 
     @cached_property
-    def _layer_rules(self) -> tuple[int, int]:
-        """The first and the last rule of a layer."""
-        numbers = [n for n, rule in enumerate(self.rules) if "{i}" in rule.source]
-        return (numbers[0], numbers[-1]) if numbers else (len(self.rules), -1)
+    def _blocks(self) -> list[tuple[int, int]]:
+        """Of each rule, the run of rules that go through layers, and that through experts."""
+        blocks: list[tuple[int, int]] = []
+        before: tuple[str, str | None] | None = None
+        for number, rule in enumerate(self.rules):
+            layers = rule.source.partition("{i}")[0] if "{i}" in rule.source else ""
+            experts = layers if "{e}" in rule.source else None
+            block, group = blocks[-1] if blocks else (-1, -1)
+            if before is None or layers != before[0]:
+                block += 1
+            if experts is None or before is None or experts != before[1]:
+                group = number
+            blocks.append((block, group))
+            before = layers, experts
+        return blocks
 
 
 def shorten(names: Iterable[str], limit: int = 8) -> str:
@@ -191,6 +248,11 @@ def _expand(template: str) -> tuple[str, ...]:
 
 
 def _pattern(template: str) -> re.Pattern[str]:
-    parts = re.split(r"\{([ip])\}", template)
+    parts = re.split(r"\{([iep])\}", template)
     text = [re.escape(part) if k % 2 == 0 else _PLACEHOLDERS[part] for k, part in enumerate(parts)]
     return re.compile("".join(text))
+
+
+def _shape_of(name: str) -> str:
+    """A name with every number replaced, so that those of all layers and experts are one."""
+    return _DIGITS.sub("0", name)

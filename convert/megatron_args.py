@@ -11,13 +11,16 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from math import lcm
 
+from . import expert_arguments, latent_arguments
 from .architecture import Architecture
 from .argument_tables import FOREIGN, NEUTRAL, RENAMED, SETTINGS
 from .arguments import OWN, architecture_from_args, is_neutral
 from .checkpoint import Layout
 from .dtypes import DTYPES, DType
 from .errors import UnsupportedError
+from .experts import GROUPED, SEQUENTIAL, TE_GROUPED
 
 # Stored as they are in the architecture.
 _SAME = (
@@ -46,6 +49,8 @@ class Target:
         make_vocab_size_divisible_by: with the tensor-parallel size, what the vocabulary is padded
             to a multiple of.
         pipeline_layout: a custom pipeline, or None.
+        grouped_gemm: whether the experts of a rank are multiplied at once.
+        legacy_grouped_gemm: whether by Megatron's own module rather than Transformer Engine's.
     """
 
     format: str
@@ -53,6 +58,26 @@ class Target:
     transformer_impl: str
     make_vocab_size_divisible_by: int
     pipeline_layout: str | None = None
+    grouped_gemm: bool = False
+    legacy_grouped_gemm: bool = False
+
+    @property
+    def expert_module(self) -> str:
+        """Which of Megatron's modules has the experts.
+
+        (Source: grouped_mlp_modules, core/extensions/transformer_engine_spec_provider.py and
+        core/models/backends.py.)
+        """
+        if not self.grouped_gemm:
+            return SEQUENTIAL
+        is_own = self.transformer_impl == "local" or self.legacy_grouped_gemm
+        return GROUPED if is_own else TE_GROUPED
+
+    @property
+    def stage_size(self) -> int:
+        """Ranks of a pipeline stage that hold something of their own."""
+        layout = self.layout
+        return lcm(layout.tp, layout.expert_tp * layout.ep)
 
     def padded_vocab_size(self, rows: int) -> int:
         """Rows of the embedding for so many tokens (vocab_size_with_padding, tokenizer.py)."""
@@ -90,6 +115,8 @@ def model_arguments(a: Architecture) -> dict[str, object]:
         "bias_gelu_fusion": gelu_tanh and a.add_bias_linear,
         "use_te_activation_func": gelu_tanh and not a.add_bias_linear,
         "use_legacy_models": False,
+        **expert_arguments.stored(a),
+        **latent_arguments.stored(a),
     }
     arguments[OWN] = {
         "vocab_size": a.vocab_size,
@@ -150,7 +177,7 @@ def ignored_by_training(a: Architecture) -> list[str]:
         "train with a script that passes it to the model"
         for name, (_, when) in _IGNORED_BY_PRETRAIN_GPT.items()
         if _is_used(a, name)
-    ]
+    ] + latent_arguments.ignored_by_training(a)
 
 
 def layout_arguments(a: Architecture, target: Target, rank: int) -> dict[str, object]:
@@ -170,11 +197,13 @@ def layout_arguments(a: Architecture, target: Target, rank: int) -> dict[str, ob
         "decoder_last_pipeline_num_layers": None,
         "account_for_embedding_in_pipeline_split": False,
         "account_for_loss_in_pipeline_split": False,
-        "expert_model_parallel_size": 1,
-        "expert_tensor_parallel_size": layout.tp,
+        "expert_model_parallel_size": layout.ep,
+        "expert_tensor_parallel_size": layout.expert_tp,
+        "moe_grouped_gemm": target.grouped_gemm,
+        "moe_use_legacy_grouped_gemm": target.legacy_grouped_gemm,
         "context_parallel_size": 1,
-        "data_parallel_size": 1,
-        "world_size": layout.tp * layout.pp,
+        "data_parallel_size": target.stage_size // layout.tp,
+        "world_size": target.stage_size * layout.pp,
         "rank": rank,
         "local_rank": rank,
         "transformer_impl": target.transformer_impl,
@@ -194,6 +223,7 @@ def carried_arguments(args: Mapping[str, object]) -> dict[str, object]:
         for name, value in args.items()
         if name not in described
         and (name not in NEUTRAL or is_neutral(name, value))
+        and expert_arguments.is_carried(name, value)
         and _is_plain(value)
     }
 
@@ -231,6 +261,10 @@ _SWITCHES = {
     "untie_embeddings_and_output_weights": "--untie-embeddings-and-output-weights",
     "rotary_interleaved": "--rotary-interleaved",
     "use_rope_scaling": "--use-rope-scaling",
+    "multi_latent_attention": "--multi-latent-attention",
+    "moe_router_pre_softmax": "--moe-router-pre-softmax",
+    "moe_router_enable_expert_bias": "--moe-router-enable-expert-bias",
+    "moe_shared_expert_gate": "--moe-shared-expert-gate",
     "fp16": "--fp16",
     "bf16": "--bf16",
 }
@@ -242,7 +276,18 @@ _VALUES = (
 ).split()
 _OPTIONAL_VALUES = (
     "num_layers_per_virtual_pipeline_stage pipeline_model_parallel_layout "
-    "rotary_seq_len_interpolation_factor window_size window_attn_skip_freq"
+    "rotary_seq_len_interpolation_factor window_size window_attn_skip_freq mtp_num_layers"
+).split()
+# Given only in a model with experts, and only with latent attention; None is left out.
+_EXPERT_VALUES = (
+    "num_experts moe_ffn_hidden_size moe_layer_freq moe_router_topk moe_router_score_function "
+    "moe_router_topk_scaling_factor moe_router_num_groups moe_router_group_topk "
+    "moe_router_dtype moe_shared_expert_intermediate_size expert_model_parallel_size "
+    "expert_tensor_parallel_size"
+).split()
+_LATENT_VALUES = (
+    "q_lora_rank kv_lora_rank qk_head_dim qk_pos_emb_head_dim v_head_dim rope_type "
+    "rotary_scaling_factor mscale mscale_all_dim"
 ).split()
 
 
@@ -258,7 +303,19 @@ def launch_flags(args: Mapping[str, object]) -> list[list[str]]:
         flags += [["--rope-scaling-factor", _text(args["rope_scaling_factor"])]]
     if args["add_qkv_bias"] and not args["add_bias_linear"]:
         flags += [["--add-qkv-bias"]]
-    flags += [[_flag(n), _text(args[n])] for n in _OPTIONAL_VALUES if args[n] is not None]
+    optional = list(_OPTIONAL_VALUES)
+    if args["num_experts"] is not None:
+        optional += _EXPERT_VALUES
+        if args["moe_grouped_gemm"]:
+            flags += [["--moe-grouped-gemm"]]
+        if args["moe_use_legacy_grouped_gemm"]:
+            flags += [["--moe-use-legacy-grouped-gemm"]]
+        if args["tensor_model_parallel_size"] != 1:
+            # Without it, experts are not trained (MoELayer.forward, transformer/moe/moe_layer.py).
+            flags += [["--sequence-parallel"]]
+    if args["multi_latent_attention"]:
+        optional += _LATENT_VALUES
+    flags += [[_flag(n), _text(args[n])] for n in optional if args.get(n) is not None]
     for name, flag in _SWITCHES.items():
         wanted = flag.startswith("--")
         if args[name] is wanted:

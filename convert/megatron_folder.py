@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from . import topology
+from . import experts, topology
 from .architecture import Architecture
 from .arguments import OWN
 from .checkpoint import Checkpoint, Layout
@@ -30,11 +30,11 @@ from .dialects import CORE, WRITABLE
 from .dialects.modules import Modules
 from .documents import special_tokens
 from .dtypes import DTYPES
-from .errors import UsageError
+from .errors import LayoutError, UsageError
 from .formats import megatron_torch, megatron_torch_dist
 from .formats.folders import TRACKER
 from .formats.megatron_torch import RankModel
-from .formats.megatron_torch_dist import Chunk, RankChunks
+from .formats.megatron_torch_dist import Chunk, RankChunks, Stacking
 from .formats.torch_zip import Weight
 from .layouts import Stage, num_chunks, plan_stages
 from .mapping import RuleTable
@@ -101,19 +101,16 @@ def plan_conversion(
     _check_choices(transformer_impl, make_vocab_size_divisible_by)
     if pipeline_model_parallel_layout is not None:
         vpp = _chunks_of(pipeline_model_parallel_layout, pp, vpp)
-    if etp not in (None, 1, tp):
-        raise UsageError(
-            "a dense model has no experts to divide",
-            found=f"--etp {etp}",
-            expected="none",
-            fix="leave out --etp",
-        )
+    impl = transformer_impl or _source_impl(checkpoint)
+    layout = Layout(tp, pp, 1 if vpp is None else vpp, ep, etp)
+    _check_parts(checkpoint.architecture, layout, to, impl)
     target = Target(
         format=to,
-        layout=Layout(tp, pp, 1 if vpp is None else vpp, ep),
-        transformer_impl=transformer_impl or _source_impl(checkpoint),
+        layout=layout,
+        transformer_impl=impl,
         make_vocab_size_divisible_by=make_vocab_size_divisible_by or _source_divisor(checkpoint),
         pipeline_layout=pipeline_model_parallel_layout,
+        **_grouped_gemm(checkpoint, impl),
     )
     stages = plan_stages(checkpoint.architecture, target.layout, target.pipeline_layout)
     warnings = list(checkpoint.warnings)
@@ -145,7 +142,10 @@ def plan_conversion(
         files, documents = megatron_torch_dist.plan_files(
             folder,
             writer.chunks(),
-            architecture.num_layers,
+            Stacking(
+                architecture.num_layers if len(set(architecture.moe_layers)) == 1 else None,
+                architecture.num_experts or 1,
+            ),
             writer.common(iteration),
             parse_size(max_shard_size),
         )
@@ -177,6 +177,49 @@ def _check_choices(transformer_impl: str | None, divisor: int | None) -> None:
         raise UsageError(
             "an impossible --make-vocab-size-divisible-by", found=str(divisor), expected="1 or more"
         )
+
+
+def _check_parts(a: Architecture, layout: Layout, to: str, impl: str) -> None:
+    """Raise for an expert that is divided otherwise than Megatron can, or down projections."""
+    etp, tp = layout.etp, layout.tp
+    if etp is not None and a.num_experts is None and etp not in (1, tp):
+        raise UsageError(
+            "a dense model has no experts to divide",
+            found=f"--etp {etp}",
+            expected="none",
+            fix="leave out --etp",
+        )
+    if a.num_experts is not None and to == megatron_torch.NAME and etp and tp % etp:
+        raise LayoutError(
+            "ranks that hold different parts of experts would write the same file; "
+            "nothing was written",
+            found=f"--etp {etp} with --tp {tp}",
+            expected=f"a size that divides {tp}",
+            fix="choose another --etp, or --to torch_dist",
+        )
+    if a.multi_latent_attention and impl == "local":
+        sizes = (a.q_lora_rank or tp, a.kv_lora_rank + a.qk_pos_emb_head_dim)
+        if any(size % tp for size in sizes):
+            raise LayoutError(
+                f"local layers cannot divide the down projections over {tp} ranks; "
+                "nothing was written",
+                found=f"{sizes[0]} and {sizes[1]} rows",
+                expected=f"multiples of {tp}",
+                fix="choose another --tp, or --transformer-impl transformer_engine",
+            )
+
+
+def _grouped_gemm(checkpoint: Checkpoint, impl: str) -> dict[str, bool]:
+    """Whether a rank's experts are one module, as the source says; else what is fastest."""
+    if checkpoint.architecture.num_experts is None:
+        return {}
+    named = checkpoint.args.get("moe_grouped_gemm")
+    is_grouped = named if isinstance(named, bool) else impl != "local"
+    is_legacy = checkpoint.args.get("moe_use_legacy_grouped_gemm") is True
+    if checkpoint.architecture.add_bias_linear:
+        is_legacy = False  # it has no biases
+        is_grouped &= impl != "local"
+    return {"grouped_gemm": is_grouped, "legacy_grouped_gemm": is_grouped and is_legacy}
 
 
 def _chunks_of(layout: str, pp: int, vpp: int | None) -> int:
@@ -225,7 +268,11 @@ def _own(args: Mapping[str, object]) -> dict[str, object]:
 
 
 class _Writer:
-    """Cuts whole tensors into what each rank of a target holds."""
+    """Cuts whole tensors into what each rank of a target holds.
+
+    Rank r of a stage is tensor-parallel rank r % TP; within an expert rank r % ETP of those that
+    have experts r // ETP % EP. (Source: RankGenerator, core/parallel_state.py.)
+    """
 
     def __init__(
         self,
@@ -237,10 +284,18 @@ class _Writer:
         dtype: str,
     ) -> None:
         self._target, self._architecture, self._stages = target, architecture, stages
+        self._layout = target.layout
         self._tensors, self._args, self._dtype = tensors, args, dtype
         dialect = WRITABLE[target.transformer_impl]
         self._names: RuleTable = dialect.RULES.inverse
         self._modules: Modules = dialect.MODULES
+        self._num_local = (architecture.num_experts or 0) // target.layout.ep
+        self._of_stage = {
+            (stage, ep): [name for name in names if self._has(name, ep)]
+            for stage in stages
+            for names in [topology.stage_names(tensors, stage)]
+            for ep in range(target.layout.ep)
+        }
 
     def arguments(self, rank: int) -> dict[str, object]:
         """The arguments that a rank stores."""
@@ -249,32 +304,56 @@ class _Writer:
 
     def models(self) -> list[RankModel]:
         """For `torch`: every rank's state dicts."""
+        size = self._target.stage_size
         return [
             RankModel(
-                tp,
+                rank % self._layout.tp,
                 pp,
-                self.arguments(pp * self._target.layout.tp + tp),
-                tuple(self._state_dict(stage, tp) for stage in self._stages if stage.pp == pp),
+                self._expert_rank(rank),
+                self.arguments(pp * size + rank),
+                tuple(self._state_dict(stage, rank) for stage in self._stages if stage.pp == pp),
             )
-            for pp in range(self._target.layout.pp)
-            for tp in range(self._target.layout.tp)
+            for pp in range(self._layout.pp)
+            for rank in range(size)
         ]
+
+    def _expert_rank(self, rank: int) -> int:
+        return rank // self._layout.expert_tp % self._layout.ep
+
+    def _place(self, name: str, rank: int) -> tuple[int, int]:
+        """Among how many ranks a parameter is divided, and which of them this one is."""
+        if topology.is_of_expert(name):
+            return self._layout.expert_tp, rank % self._layout.expert_tp
+        if topology.may_be_whole(name) and self._target.transformer_impl != "local":
+            return 1, 0
+        return self._layout.tp, rank % self._layout.tp
+
+    def _has(self, name: str, ep: int) -> bool:
+        """Whether an expert-parallel rank has a parameter of its stage."""
+        if not topology.is_of_expert(name):
+            return True
+        return topology.expert_number(name) // self._num_local == ep
 
     def _state_dict(self, stage: Stage, rank: int) -> dict[str, Weight | None]:
         held = {}
-        for name, tensor in self._held(stage):
-            part = topology.cut(name, tensor, self._architecture, self._target.layout.tp, rank)
+        for name, tensor in self._held(stage, self._expert_rank(rank)):
+            part = topology.cut(name, tensor, self._architecture, *self._place(name, rank))
             held[topology.local_name(name, stage)] = part
-        named = self._names.apply(held, self._architecture)
+        named = experts.spelled(
+            self._names.apply(held, self._architecture),
+            self._target.expert_module,
+            self._expert_rank(rank) * self._num_local,
+        )
         entries = self._modules.state_dict(named)
         return {
             name: None if part is None else self._weight(name, part)
             for name, part in entries.items()
         }
 
-    def _held(self, stage: Stage) -> list[tuple[str, LazyTensor]]:
+    def _held(self, stage: Stage, ep: int) -> list[tuple[str, LazyTensor]]:
         """A stage's whole tensors; a tied output layer away from the embedding is a copy of it."""
-        held = [(n, self._tensors[n]) for n in topology.stage_names(self._tensors, stage)]
+        names = [*topology.copied_names(self._tensors, stage), *self._of_stage[stage, ep]]
+        held = [(name, self._tensors[name]) for name in names]
         tied = not self._architecture.untie_embeddings_and_output_weights
         if tied and stage.last and stage.pp > 0:
             held.append((topology.TIED_HEAD, self._tensors[topology.EMBEDDING]))
@@ -282,30 +361,55 @@ class _Writer:
 
     def chunks(self) -> list[RankChunks]:
         """For `torch_dist`: what every rank writes of the global tensors."""
+        spelled = self._distributed_names()
         return [
-            self._rank_chunks(pp, tp)
-            for pp in range(self._target.layout.pp)
-            for tp in range(self._target.layout.tp)
+            self._rank_chunks(pp, rank, spelled)
+            for pp in range(self._layout.pp)
+            for rank in range(self._target.stage_size)
         ]
 
-    def _rank_chunks(self, pp: int, rank: int) -> RankChunks:
+    def _distributed_names(self) -> dict[str, str]:
+        """Canonical name -> name in a distributed checkpoint, layers and experts numbered.
+
+        Local layers call their norms as Transformer Engine's do, but for those of latent attention
+        (`sharded_state_dict_keys_map` in core/models/gpt/gpt_layer_specs.py).
+        """
+        names = {name: name for name in self._tensors}
+        if self._target.transformer_impl != "local" or self._architecture.multi_latent_attention:
+            for match in self._names.resolve(self._tensors):
+                names |= dict(zip(match.sources, match.targets, strict=True))
+        return {name: experts.in_distributed_checkpoints(new) for name, new in names.items()}
+
+    def _rank_chunks(self, pp: int, rank: int, spelled: Mapping[str, str]) -> RankChunks:
         chunks, objects = [], []
         for stage in self._stages:
             if stage.pp != pp:
                 continue
-            names = topology.stage_names(self._tensors, stage)
-            for name in names:
-                if rank == 0 or topology.is_split(name):
-                    chunks += self._chunks(name, rank)
-            if rank == 0:
-                objects += self._modules.sharded_state(names)
+            firsts = []
+            for name in self._of_stage[stage, self._expert_rank(rank)]:
+                is_first = rank == self._first(name, rank)
+                if is_first or self._writes(name, rank):
+                    chunks += self._chunks(name, spelled[name], rank)
+                firsts += [spelled[name]] if is_first else []
+            objects += self._modules.sharded_state(firsts)
         return RankChunks(tuple(chunks), tuple(objects))
 
-    def _chunks(self, name: str, rank: int) -> list[Chunk]:
-        tensor, tp = self._tensors[name], self._target.layout.tp
+    def _first(self, name: str, rank: int) -> int:
+        """The first rank that has any of a parameter that this rank has a part of."""
+        of_expert = topology.is_of_expert(name)
+        return self._expert_rank(rank) * self._layout.expert_tp if of_expert else 0
+
+    def _writes(self, name: str, rank: int) -> bool:
+        """Whether a rank after the first has a part that no other has written."""
+        count, index = self._place(name, rank)
+        return count > 1 and topology.is_split(name) and rank == self._first(name, rank) + index
+
+    def _chunks(self, name: str, spelled: str, rank: int) -> list[Chunk]:
+        tensor = self._tensors[name]
+        place = self._place(name, rank)
         return [
-            Chunk(name, tensor.shape, box, self._weight(name, tensor.part(box)))
-            for box in topology.boxes(name, tensor.shape, self._architecture, tp, rank)
+            Chunk(spelled, tensor.shape, box, self._weight(name, tensor.part(box)))
+            for box in topology.boxes(name, tensor.shape, self._architecture, *place)
         ]
 
     def common(self, iteration: int) -> dict[str, object]:

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from .architecture import read_shapes
 from .argument_tables import Neutral
-from .arguments import missing_arguments
+from .argument_values import missing_arguments
 from .errors import UnsupportedError
+from .sizes import read_shapes
 
 Arguments = Mapping[str, object]
 # GPT-NeoX's name -> Megatron's, and GPT-NeoX's default.

@@ -9,8 +9,9 @@ megatron/core/models/gpt and megatron/core/transformer, 0.16.1.)
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 from .architecture import Architecture
 from .boxes import Ints
@@ -18,6 +19,7 @@ from .errors import CorruptError, IncompleteError, MappingError
 from .mapping import shorten
 
 Condition = Callable[[Architecture], bool]
+LayerCondition = Callable[[Architecture, int], bool]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,35 +27,89 @@ class Parameter:
     """A canonical parameter.
 
     Attributes:
-        name: canonical name; `{i}` stands for the layer.
+        name: canonical name; `{i}` stands for the layer, `{e}` for the expert.
         shape: sizes, given the architecture.
-        split: the axis ranks divide; None if every rank holds all of it.
+        split: the axis ranks divide; None if every rank holds all of it. Ranks of expert tensor
+            parallelism divide those with `{e}`.
         when: whether this model has it.
+        layers: which layers have it, if its name has one.
         blocks: how many parts of the split axis are divided on their own: 2 for `linear_fc1` of
             a gated MLP, whose rank shard is [gate_r | up_r].
+        may_be_whole: whether ranks hold all of it in some specs and a part in others; the shape
+            shows which.
     """
 
     name: str
     shape: Callable[[Architecture], Ints]
     split: int | None = None
     when: Condition = lambda a: True
+    layers: LayerCondition = lambda a, i: True
     blocks: Callable[[Architecture], int] = lambda a: 1
+    may_be_whole: bool = False
+
+    @property
+    def of_expert(self) -> bool:
+        """Whether there is one for each expert."""
+        return "{e}" in self.name
 
 
 def _gated(a: Architecture) -> int:
     return 2 if a.gated_linear_unit else 1
 
 
-def _norm_bias(a: Architecture) -> bool:
-    return a.has_norm_bias
+def _norm(name: str, size: Callable[[Architecture], int], when: Condition) -> Iterator[Parameter]:
+    """A norm's weight and bias; `name` ends where theirs differ."""
+    yield Parameter(f"{name}weight", lambda a: (size(a),), when=when)
+    yield Parameter(f"{name}bias", lambda a: (size(a),), when=lambda a: when(a) and a.has_norm_bias)
 
 
-def _qk_layernorm_bias(a: Architecture) -> bool:
-    return a.qk_layernorm and a.has_norm_bias
+def _mlp(
+    name: str,
+    width: Callable[[Architecture], int],
+    when: Condition = lambda a: True,
+    layers: LayerCondition = lambda a, i: True,
+) -> Iterator[Parameter]:
+    """The two linear layers of an MLP, an expert or a shared expert."""
+
+    def biased(a: Architecture) -> bool:
+        return when(a) and a.add_bias_linear
+
+    def rows(a: Architecture) -> int:
+        return a.fc1_size(width(a))
+
+    yield Parameter(
+        f"{name}.linear_fc1.weight", lambda a: (rows(a), a.hidden_size), 0, when, layers, _gated
+    )
+    yield Parameter(f"{name}.linear_fc1.bias", lambda a: (rows(a),), 0, biased, layers, _gated)
+    yield Parameter(
+        f"{name}.linear_fc2.weight", lambda a: (a.hidden_size, width(a)), 1, when, layers
+    )
+    yield Parameter(f"{name}.linear_fc2.bias", lambda a: (a.hidden_size,), None, biased, layers)
+
+
+def _always(a: Architecture) -> bool:
+    return True
+
+
+def _is_latent(a: Architecture) -> bool:
+    return a.multi_latent_attention
+
+
+def _is_plain(a: Architecture) -> bool:
+    return not a.multi_latent_attention
+
+
+def _is_dense(a: Architecture, layer: int) -> bool:
+    return not a.moe_layers[layer]
+
+
+def _is_sparse(a: Architecture, layer: int) -> bool:
+    return a.moe_layers[layer]
 
 
 _ATTENTION = "decoder.layers.{i}.self_attention"
 _MLP = "decoder.layers.{i}.mlp"
+_MTP = "mtp.layers.{i}"
 PARAMETERS = (
     Parameter(
         "embedding.word_embeddings.weight", lambda a: (a.padded_vocab_size, a.hidden_size), 0
@@ -63,38 +119,68 @@ PARAMETERS = (
         lambda a: (a.max_position_embeddings, a.hidden_size),
         when=lambda a: a.has_position_table,
     ),
-    Parameter("embedding.norm.weight", lambda a: (a.hidden_size,), when=lambda a: a.embedding_norm),
+    *_norm("embedding.norm.", lambda a: a.hidden_size, lambda a: a.embedding_norm),
+    *_norm(f"{_ATTENTION}.linear_qkv.layer_norm_", lambda a: a.hidden_size, _always),
     Parameter(
-        "embedding.norm.bias",
-        lambda a: (a.hidden_size,),
-        when=lambda a: a.embedding_norm and a.has_norm_bias,
+        f"{_ATTENTION}.linear_qkv.weight", lambda a: (a.qkv_size, a.hidden_size), 0, _is_plain
     ),
-    Parameter(f"{_ATTENTION}.linear_qkv.layer_norm_weight", lambda a: (a.hidden_size,)),
-    Parameter(
-        f"{_ATTENTION}.linear_qkv.layer_norm_bias", lambda a: (a.hidden_size,), when=_norm_bias
-    ),
-    Parameter(f"{_ATTENTION}.linear_qkv.weight", lambda a: (a.qkv_size, a.hidden_size), 0),
     Parameter(
         f"{_ATTENTION}.linear_qkv.bias",
         lambda a: (a.qkv_size,),
         0,
-        when=lambda a: a.has_qkv_bias,
+        when=lambda a: _is_plain(a) and a.has_qkv_bias,
+    ),
+    *_norm(
+        f"{_ATTENTION}.q_layernorm.",
+        lambda a: a.kv_channels,
+        lambda a: _is_plain(a) and a.qk_layernorm,
+    ),
+    *_norm(
+        f"{_ATTENTION}.k_layernorm.",
+        lambda a: a.kv_channels,
+        lambda a: _is_plain(a) and a.qk_layernorm,
     ),
     Parameter(
-        f"{_ATTENTION}.q_layernorm.weight",
-        lambda a: (a.kv_channels,),
-        when=lambda a: a.qk_layernorm,
+        f"{_ATTENTION}.linear_q_proj.weight",
+        lambda a: (a.num_attention_heads * a.kv_channels, a.hidden_size),
+        0,
+        when=lambda a: _is_latent(a) and a.q_lora_rank is None,
     ),
     Parameter(
-        f"{_ATTENTION}.q_layernorm.bias", lambda a: (a.kv_channels,), when=_qk_layernorm_bias
+        f"{_ATTENTION}.linear_q_down_proj.weight",
+        lambda a: (a.q_lora_rank or 0, a.hidden_size),
+        0,
+        when=lambda a: _is_latent(a) and a.q_lora_rank is not None,
+        may_be_whole=True,
+    ),
+    *_norm(
+        f"{_ATTENTION}.linear_q_up_proj.layer_norm_",
+        lambda a: a.q_lora_rank or 0,
+        lambda a: _is_latent(a) and a.q_lora_rank is not None and a.qk_layernorm,
     ),
     Parameter(
-        f"{_ATTENTION}.k_layernorm.weight",
-        lambda a: (a.kv_channels,),
-        when=lambda a: a.qk_layernorm,
+        f"{_ATTENTION}.linear_q_up_proj.weight",
+        lambda a: (a.num_attention_heads * a.kv_channels, a.q_lora_rank or 0),
+        0,
+        when=lambda a: _is_latent(a) and a.q_lora_rank is not None,
     ),
     Parameter(
-        f"{_ATTENTION}.k_layernorm.bias", lambda a: (a.kv_channels,), when=_qk_layernorm_bias
+        f"{_ATTENTION}.linear_kv_down_proj.weight",
+        lambda a: (a.kv_lora_rank + a.qk_pos_emb_head_dim, a.hidden_size),
+        0,
+        when=_is_latent,
+        may_be_whole=True,
+    ),
+    *_norm(
+        f"{_ATTENTION}.linear_kv_up_proj.layer_norm_",
+        lambda a: a.kv_lora_rank,
+        lambda a: _is_latent(a) and a.qk_layernorm,
+    ),
+    Parameter(
+        f"{_ATTENTION}.linear_kv_up_proj.weight",
+        lambda a: (a.num_attention_heads * (a.qk_head_dim + a.v_head_dim), a.kv_lora_rank),
+        0,
+        when=_is_latent,
     ),
     Parameter(
         f"{_ATTENTION}.linear_proj.weight",
@@ -106,22 +192,35 @@ PARAMETERS = (
         lambda a: (a.hidden_size,),
         when=lambda a: a.add_bias_linear,
     ),
-    Parameter(f"{_MLP}.linear_fc1.layer_norm_weight", lambda a: (a.hidden_size,)),
-    Parameter(f"{_MLP}.linear_fc1.layer_norm_bias", lambda a: (a.hidden_size,), when=_norm_bias),
-    Parameter(f"{_MLP}.linear_fc1.weight", lambda a: (a.fc1_size, a.hidden_size), 0, blocks=_gated),
+    *_norm(f"{_MLP}.linear_fc1.layer_norm_", lambda a: a.hidden_size, _always),
+    *_mlp(_MLP, lambda a: a.ffn_hidden_size, layers=_is_dense),
     Parameter(
-        f"{_MLP}.linear_fc1.bias",
-        lambda a: (a.fc1_size,),
-        0,
-        when=lambda a: a.add_bias_linear,
-        blocks=_gated,
+        f"{_MLP}.router.weight", lambda a: (a.num_experts or 0, a.hidden_size), layers=_is_sparse
     ),
-    Parameter(f"{_MLP}.linear_fc2.weight", lambda a: (a.hidden_size, a.ffn_hidden_size), 1),
     Parameter(
-        f"{_MLP}.linear_fc2.bias", lambda a: (a.hidden_size,), when=lambda a: a.add_bias_linear
+        f"{_MLP}.router.expert_bias",
+        lambda a: (a.num_experts or 0,),
+        when=lambda a: a.moe_router_enable_expert_bias,
+        layers=_is_sparse,
     ),
-    Parameter("decoder.final_layernorm.weight", lambda a: (a.hidden_size,)),
-    Parameter("decoder.final_layernorm.bias", lambda a: (a.hidden_size,), when=_norm_bias),
+    *_mlp(f"{_MLP}.experts.{{e}}", lambda a: a.moe_ffn_hidden_size, layers=_is_sparse),
+    *_mlp(
+        f"{_MLP}.shared_experts",
+        lambda a: a.moe_shared_expert_intermediate_size or 0,
+        lambda a: a.moe_shared_expert_intermediate_size is not None,
+        _is_sparse,
+    ),
+    Parameter(
+        f"{_MLP}.shared_experts.gate_weight",
+        lambda a: (1, a.hidden_size),
+        when=lambda a: a.moe_shared_expert_gate,
+        layers=_is_sparse,
+    ),
+    *_norm("decoder.final_layernorm.", lambda a: a.hidden_size, lambda a: a.final_layernorm),
+    *_norm(f"{_MTP}.enorm.", lambda a: a.hidden_size, _always),
+    *_norm(f"{_MTP}.hnorm.", lambda a: a.hidden_size, _always),
+    Parameter(f"{_MTP}.eh_proj.weight", lambda a: (a.hidden_size, 2 * a.hidden_size), 0),
+    *_norm(f"{_MTP}.final_layernorm.", lambda a: a.hidden_size, _always),
     Parameter(
         "output_layer.weight",
         lambda a: (a.padded_vocab_size, a.hidden_size),
@@ -132,28 +231,73 @@ PARAMETERS = (
 # Those with a row per token.
 VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
 _BY_NAME = {parameter.name: parameter for parameter in PARAMETERS}
-_LAYER = re.compile(r"(?<=^decoder\.layers\.)\d+(?=\.)")
+_LAYERS, _MTP_LAYER = "decoder.layers.{i}.", "mtp.layers.{i}.transformer_layer."
+_NUMBERS = (
+    (re.compile(r"^mtp\.layers\.\d+\.transformer_layer\."), _LAYERS),
+    (re.compile(r"(?<=^decoder\.layers\.)\d+(?=\.)"), "{i}"),
+    (re.compile(r"(?<=^mtp\.layers\.)\d+(?=\.)"), "{i}"),
+    (re.compile(r"(?<=\.mlp\.experts\.)\d+(?=\.)"), "{e}"),
+)
 
 
+@lru_cache(maxsize=1 << 17)
 def find(name: str) -> Parameter | None:
-    """The table line of a concrete canonical name."""
-    return _BY_NAME.get(_LAYER.sub("{i}", name))
+    """The table line of a concrete canonical name.
+
+    A layer that predicts further tokens has a layer of the decoder within it.
+    """
+    for pattern, template in _NUMBERS:
+        name = pattern.sub(template, name)
+    return _BY_NAME.get(name)
 
 
 def expected(architecture: Architecture) -> dict[str, Ints]:
     """Canonical name -> shape of every parameter this architecture has, in model order."""
-    before: list[Parameter] = []
-    layers: list[Parameter] = []
-    after: list[Parameter] = []
-    for parameter in PARAMETERS:
-        if parameter.when(architecture):
-            group = layers if "{i}" in parameter.name else after if layers else before
-            group.append(parameter)
-    names = [(p.name, p) for p in before]
-    for layer in range(architecture.num_layers):
-        names += [(p.name.replace("{i}", str(layer)), p) for p in layers]
-    names += [(p.name, p) for p in after]
-    return {name: parameter.shape(architecture) for name, parameter in names}
+    a = architecture
+    found: dict[str, Ints] = {}
+    ours = [parameter for parameter in PARAMETERS if parameter.when(a)]
+    layer = [p for p in ours if p.name.startswith(_LAYERS)]
+    mtp = [p for p in ours if p.name.startswith(_MTP)]
+    first = next(number for number, p in enumerate(ours) if p is layer[0])
+    found |= {p.name: p.shape(a) for p in ours[:first]}
+    for number in range(a.num_layers):
+        found |= _of_layer(a, layer, number, _LAYERS.replace("{i}", str(number)))
+    found |= {p.name: p.shape(a) for p in ours[first:] if "{i}" not in p.name}
+    for number in range(a.mtp_num_layers):
+        found |= {p.name.replace("{i}", str(number)): p.shape(a) for p in mtp}
+        # It is built like the last layer of the decoder (get_gpt_mtp_block_spec,
+        # models/gpt/gpt_layer_specs.py).
+        prefix = _MTP_LAYER.replace("{i}", str(number))
+        found |= _of_layer(a, layer, a.num_layers - 1, prefix)
+    return found
+
+
+def _of_layer(
+    a: Architecture, parameters: Iterable[Parameter], number: int, prefix: str
+) -> dict[str, Ints]:
+    """The parameters that a layer like this one has, under a prefix."""
+    found: dict[str, Ints] = {}
+    experts: list[Parameter] = []
+    for parameter in parameters:
+        if not parameter.layers(a, number):
+            continue
+        if parameter.of_expert:
+            experts.append(parameter)
+            continue
+        found |= _of_experts(a, experts, prefix)
+        experts = []
+        found[prefix + parameter.name.removeprefix(_LAYERS)] = parameter.shape(a)
+    return found | _of_experts(a, experts, prefix)
+
+
+def _of_experts(a: Architecture, parameters: list[Parameter], prefix: str) -> dict[str, Ints]:
+    """Those of all experts, expert by expert."""
+    shapes = [(prefix + p.name.removeprefix(_LAYERS), p.shape(a)) for p in parameters]
+    return {
+        name.replace("{e}", str(expert)): shape
+        for expert in range(a.num_experts or 0 if shapes else 0)
+        for name, shape in shapes
+    }
 
 
 def check_complete(shapes: Mapping[str, Ints], architecture: Architecture) -> None:

@@ -2,6 +2,7 @@
 
     formats.find        which format is it, which folder           bytes on disk
     reader.open_folder  shards, names as in the files              -> RawCheckpoint
+    experts             every expert under a name with its number
     dialects            canonical names, and which generation has the files' own
     topology, row_order     layer numbers, order of rows, joins        -> Checkpoint
     hf_source           all of this for a Hugging Face folder      -> Checkpoint
@@ -21,6 +22,7 @@ from typing import Any, TypedDict, Unpack
 
 from . import (
     dialects,
+    experts,
     formats,
     hf_folder,
     hf_source,
@@ -36,11 +38,13 @@ from .arguments import (
     architecture_from_args,
     architecture_from_shapes,
     low_precision,
+    notes,
     unknown_arguments,
 )
 from .checkpoint import Checkpoint, RawCheckpoint
 from .conversion import Conversion
 from .documents import source_facts
+from .dropping import without_mtp
 from .errors import InconsistentError, UsageError
 from .execute import Progress, run
 from .formats import epfl
@@ -48,7 +52,11 @@ from .hub import is_hub, parse_place
 from .hub_target import HubSink
 from .manifest import ALGORITHMS
 from .mapping import shorten
+from .part_target import PartSink
+from .parts import Part, parse_part
 from .target import FolderSink
+from .unchanged import is_same
+from .work import work_of_folder
 
 
 def open_checkpoint(
@@ -91,18 +99,19 @@ def open_checkpoint(
     raw = reader.open_folder(place, frozenset(skip_keys))
     if epfl.is_epfl(raw):
         raw = epfl.in_core_words(raw)
+    raw = replace(raw, shards=experts.numbered(raw.shards))
     names = {name for shard in raw.shards for name in shard.tensors}
     dialect = dialects.detect(names)
     shards = dialects.canonical(dialect, raw.shards)
     overrides = overrides or {}
     if raw.args is None and dialect.has_tied_copy(names):
         overrides = {"untie_embeddings_and_output_weights": False, **overrides}
-    tp = 1 + max(shard.tp for shard in shards)
+    tp, etp = (1 + max(getattr(s, rank) for s in shards) for rank in ("tp", "expert_tp"))
     held = topology.holders(topology.number_layers(shards))
-    shapes = topology.joined_shapes(held, tp)
-    notes: tuple[str, ...] = ()
+    shapes = topology.joined_shapes(held, tp, etp)
+    remarks: tuple[str, ...] = ()
     if dialect.arguments:
-        args, notes = dialect.arguments(raw.args or {}, shapes, overrides)
+        args, remarks = dialect.arguments(raw.args or {}, shapes, overrides)
         shards = [replace(shard, args=None) for shard in raw.shards]
         raw = replace(raw, args=args, shards=tuple(shards))
     architecture = _architecture(raw, shapes, overrides, legacy=not dialect.is_core)
@@ -110,7 +119,7 @@ def open_checkpoint(
     held = row_order.in_head_order(held, order, architecture, raw.layout.tp, tp)
     if raw.has_up_first or dialect.has_up_first(names):
         held = row_order.gate_first(held, architecture, raw.layout.tp, tp)
-    tensors, copies = topology.join(held, tp, architecture, dialect.summed)
+    tensors, copies = topology.join(held, tp, etp, architecture, dialect.summed)
     parameters.check_complete({n: t.shape for n, t in tensors.items()}, architecture)
     tied = topology.TIED_HEAD in held and topology.TIED_HEAD not in tensors
     dropped = dict(raw.dropped) | ({"tied copy": (topology.TIED_HEAD,)} if tied else {})
@@ -127,7 +136,12 @@ def open_checkpoint(
         args=raw.args or {},
         replicas=copies,
         dropped=dropped,
-        warnings=(*notes, *_unknown_arguments(raw), *low_precision(raw.args or {})),
+        warnings=(
+            *remarks,
+            *notes(raw.args or {}, overrides),
+            *_unknown_arguments(raw),
+            *low_precision(raw.args or {}),
+        ),
         evidence=(*raw.evidence, f"names like {shown}", reason),
         num_files=raw.num_files,
         iterations=raw.iterations,
@@ -220,14 +234,22 @@ class Result:
     Attributes:
         output: the folder, or the URL on the Hub.
         conversion: the checkpoint and its plan.
-        hashes: file -> tensor -> hash.
+        hashes: file -> tensor -> hash, of the files of this part.
         unchanged: whether all of it was there before.
+        num_bytes: what was written now, in weight files.
+        part: which part of the conversion this was, if it was one.
+        num_complete: how many parts are written.
+        whole: whether the output is.
     """
 
     output: str
     conversion: Conversion
     hashes: Mapping[str, Mapping[str, str]]
     unchanged: bool = False
+    num_bytes: int = 0
+    part: Part | None = None
+    num_complete: int = 0
+    whole: bool = True
 
 
 def convert(
@@ -245,12 +267,14 @@ def convert(
     tokenizer: str | None = None,
     replicated: str | None = None,
     qkv_order: str = row_order.AUTO,
+    drop_mtp: bool = False,
     num_workers: int = 1,
     overwrite: bool = False,
     keep_same: bool = False,
     resume: bool = False,
     private: bool = False,
     create_pr: bool = False,
+    part: str | None = None,
     hash_name: str = "xxh3",
     progress: Progress | None = None,
     **layout: Unpack[LayoutOptions],
@@ -270,11 +294,17 @@ def convert(
             `megatron_folder`.
         replicated: `error` if ranks hold different copies of a parameter, or take the `first` or
             the `average`; None: `average` for DeepSpeed's checkpoints, else `error`.
+        drop_mtp: leave out layers that predict further tokens.
         num_workers: threads; each holds about 2 MB. A target on the Hub has one that converts.
         overwrite: replace an earlier conversion in `target`.
         keep_same: leave a folder alone that holds exactly what would be written.
-        resume: go on with an upload that was interrupted; only for a target on the Hub, as are
-            `private`, which hides a repository that is made, and `create_pr`, for a pull request.
+        resume: go on with a conversion or an upload that was interrupted, and keep what this one
+            has finished if it fails.
+        private, create_pr: hide a repository that is made, and open a pull request; only for a
+            target on the Hub.
+        part: write only the files of one part: `3/8`, or `auto` for the one of this process under
+            torchrun, srun or mpirun. The last of the parts makes the folder whole. See
+            `docs/scale.md`.
         hash_name: `xxh3`, `sha256` or `none`.
         progress: called with (bytes done, bytes in all); bytes uploaded, if to the Hub.
         layout: see `megatron_folder.plan_conversion`; only for `torch` and `torch_dist`.
@@ -283,14 +313,15 @@ def convert(
         SourceError, TargetError, UsageError: nothing that looks whole is left behind.
         HubError: the same; what was uploaded stays for `resume`.
     """
+    share = None if part is None else parse_part(part)
     source, target = os.fspath(source), os.fspath(target)
     _check_choice("target format", to, FORMATS)
     replicas.check_choice(replicated)
     _check_choice("hash", hash_name, tuple(ALGORITHMS))
     if num_workers < 1:
         raise UsageError("no workers", found=str(num_workers), expected="at least 1")
-    upload = {"resume": resume, "private": private, "create_pr": create_pr}
-    check_target(source, target, upload)
+    upload = {"private": private, "create_pr": create_pr}
+    check_target(source, target, upload, {"overwrite": overwrite} if share else None)
     checkpoint = open_checkpoint(
         source,
         iteration=iteration,
@@ -298,6 +329,7 @@ def convert(
         skip_keys=skip_keys,
         qkv_order=qkv_order,
     )
+    checkpoint = without_mtp(checkpoint) if drop_mtp else checkpoint
     checkpoint, policy = replicas.settle(checkpoint, replicated)
     conversion = plan_conversion(
         checkpoint,
@@ -311,15 +343,38 @@ def convert(
     )
     algorithm = ALGORITHMS[hash_name]
     plan, facts = conversion.plan, source_facts(checkpoint)
-    sink: FolderSink | HubSink
+    work = work_of_folder(plan, checkpoint.folder, algorithm, policy, facts)
+
+    def unchanged(there: Mapping[str, Any]) -> bool:
+        return is_same(there, plan, facts, algorithm, num_workers=num_workers, progress=progress)
+
+    sink: FolderSink | PartSink | HubSink
     if is_hub(target):
         place = parse_place(target)
         sink = HubSink(
-            place, plan, facts, algorithm, overwrite=overwrite, progress=progress, **upload
+            place,
+            plan,
+            facts,
+            algorithm,
+            overwrite=overwrite,
+            resume=resume,
+            progress=progress,
+            **upload,
         )
         num_workers, progress = sink.max_workers, None
+    elif share:
+        sink = PartSink(target, plan, facts, algorithm, part=share, work=work, resume=resume)
     else:
-        sink = FolderSink(target, plan, facts, algorithm, overwrite, keep_same)
+        sink = FolderSink(
+            target,
+            plan,
+            facts,
+            algorithm,
+            work=work,
+            overwrite=overwrite,
+            resume=resume,
+            is_same=unchanged if keep_same else None,
+        )
     with sink:
         differences = replicas.compare(sink.pending.replicas, policy)
         run(
@@ -328,11 +383,15 @@ def convert(
             num_workers=num_workers,
             algorithm=algorithm,
             progress=progress,
+            file_by_file=isinstance(sink, HubSink),
         )
         sink.finish()
     hashes = {name: file["tensors"] for name, file in sink.manifest["files"].items()}
     conversion = replace(conversion, warnings=(*conversion.warnings, *differences))
-    return Result(sink.place, conversion, hashes, sink.unchanged)
+    result = Result(sink.place, conversion, hashes, sink.unchanged, sink.pending.num_bytes)
+    if isinstance(sink, PartSink):
+        return replace(result, part=share, num_complete=sink.num_complete, whole=sink.whole)
+    return result
 
 
 def plan_conversion(
@@ -377,13 +436,19 @@ def plan_conversion(
     return megatron_folder.plan_conversion(checkpoint, to=to, **common, **sizes)
 
 
-def check_target(source: str, target: str, upload: Mapping[str, bool] | None = None) -> None:
+def check_target(
+    source: str,
+    target: str,
+    upload: Mapping[str, bool] | None = None,
+    part: Mapping[str, bool] | None = None,
+) -> None:
     """What can be said about a target before it is touched.
 
     Args:
         source: the checkpoint.
         target: where to.
         upload: options that only a target on the Hub has, by name, and whether they are wanted.
+        part: options that a part has not, the same; None if all is written.
 
     Raises:
         UsageError: it is empty, remote but not on the Hub, inside the source, or a folder that
@@ -392,6 +457,20 @@ def check_target(source: str, target: str, upload: Mapping[str, bool] | None = N
     if not source or not target:
         raise UsageError(
             "a path is empty", found=f"{source!r} and {target!r}", expected="two folders"
+        )
+    if is_hub(target) and part is not None:
+        raise UsageError(
+            "an upload has no parts",
+            found=target,
+            expected="a folder on a file system that all machines share",
+            fix="write the parts to a folder, then upload it with mtt push",
+        )
+    if given := [name for name, wanted in (part or {}).items() if wanted]:
+        raise UsageError(
+            f"{', '.join(given)}: not for a part",
+            found="--part",
+            expected="a new or empty folder, or one that other parts have begun",
+            fix=f"leave out {', '.join(given)}, and choose a new folder or remove the old one",
         )
     if is_hub(target):
         parse_place(target)

@@ -67,7 +67,7 @@ def compare(replicas: Sequence[Replicas], policy: str) -> tuple[str, ...]:
             where = _first_difference(group, reader, other)
             if where is None:
                 continue
-            if group.tied or policy == ERROR:
+            if group.tied or group.within or policy == ERROR:
                 raise _refusal(group, where)
             differing.append(group.name)
     if not differing:
@@ -101,6 +101,13 @@ def _refusal(group: Replicas, where: str) -> InconsistentError:
             found=f"one value in {group.where[0]}, another in {where}",
             expected="equal bytes, since untie_embeddings_and_output_weights is off",
             fix="if the head is its own: --set untie_embeddings_and_output_weights=True",
+        )
+    if group.within:
+        return InconsistentError(
+            f"{group.name} is no copy of what it should be; nothing was written",
+            found=f"one value in {group.where[0]}, another in {where}",
+            expected="equal bytes: Megatron shares the embedding and the head",
+            fix="--drop-mtp leaves out the layers that predict further tokens, and their copies",
         )
     return InconsistentError(
         f"copies of {group.name} differ; nothing was written",

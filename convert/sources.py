@@ -14,6 +14,8 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import datetime
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -53,12 +55,36 @@ class File(Protocol):
         """Give back what it holds."""
 
 
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What tells whether a local file is still the same: size, time of its last change, inode."""
+
+    size: int
+    changed_ns: int
+    inode: int
+
+    @classmethod
+    def of(cls, facts: os.stat_result) -> Identity:
+        """From what the system says about a file."""
+        return cls(facts.st_size, facts.st_mtime_ns, facts.st_ino)
+
+    def __str__(self) -> str:
+        changed = datetime.fromtimestamp(self.changed_ns / 1e9).isoformat(" ", "milliseconds")
+        return f"{self.size:,} bytes, last changed {changed}, inode {self.inode}"
+
+
+# As local files were when they were first opened, since the last `begin`.
+_seen: dict[str, Identity] = {}
+
+
 class LocalFile(File):
     """A file of this machine."""
 
     def __init__(self, path: str) -> None:
         self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        self.size = os.fstat(self._descriptor).st_size
+        facts = os.fstat(self._descriptor)
+        self.size = facts.st_size
+        _seen.setdefault(path, Identity.of(facts))
 
     def pread(self, count: int, offset: int) -> bytes:
         """Up to `count` bytes from `offset`."""
@@ -223,12 +249,26 @@ def expect(ranges: Iterable[Range]) -> None:
         remote.fetch(wanted)
 
 
+def identity(path: str) -> Identity | None:
+    """What tells whether a file is still the same; None if it is remote, or not there."""
+    try:
+        return None if is_remote(path) else Identity.of(os.stat(path))
+    except OSError:
+        return None
+
+
+def first_seen(path: str) -> Identity | None:
+    """The identity of a file when it was first opened, or now if it was not yet."""
+    return _seen.get(path) or identity(path)
+
+
 def begin(path: str) -> str:
-    """What to call a place from now on; what was seen of a remote one before is forgotten.
+    """What to call a place from now on; what was seen of files before is forgotten.
 
     Raises:
         HubError: a remote place is not there, or cannot be reached.
     """
+    _seen.clear()
     if not is_remote(path):
         return _LOCAL.sub("", path, count=1)
     from . import remote

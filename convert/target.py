@@ -7,23 +7,34 @@
 
 A failed run removes what it wrote. Files that `--overwrite` replaces wait in `.mtt.replaced`
 until the new ones are whole, and come back if the run fails.
+
+With `--resume` the files that an interrupted run finished stay as they are, those of a killed run
+too, and a run that fails leaves what it finished. A killed machine may have lost what it had not
+brought to the disk; only runs of `--resume` do that, file by file, so others' files are trusted
+until the machine is started again.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
 from . import manifest
-from .errors import TargetError
+from .claims import boot_id
+from .errors import TargetError, UsageError
 from .plan import ConversionPlan, PlannedFile, PlannedTensor
-from .unchanged import is_same
-from .writing import LOCK, FileWriter, FolderLock, target_error
+from .unchanged import is_same_plan
+from .work import SourceWatch
+from .writing import LOCK, FileWriter, FolderLock, target_error, write_document
 
 _REPLACED = ".mtt.replaced"
+_NOTES = ("work", "boot")  # of the manifest while it is running
+IsSame = Callable[[dict[str, Any]], bool]
 
 
 class FolderSink:
@@ -33,6 +44,7 @@ class FolderSink:
         pending: what is to be written.
         manifest: what was written.
         unchanged: whether the folder held just that already.
+        whole: whether it does now.
     """
 
     def __init__(
@@ -41,18 +53,37 @@ class FolderSink:
         plan: ConversionPlan,
         source: dict[str, Any],
         algorithm: str,
+        *,
+        work: str,
         overwrite: bool = False,
-        keep_same: bool = False,
+        resume: bool = False,
+        is_same: IsSame | None = None,
     ) -> None:
+        """Nothing happens yet.
+
+        Args:
+            folder: where to.
+            plan: what to write.
+            source: facts of the source, for the manifest.
+            algorithm: of the hashes.
+            work: what this conversion is; see `work.py`.
+            overwrite: whether an earlier conversion may be replaced.
+            resume: whether to go on with an interrupted one.
+            is_same: whether a manifest says just what would be written; None replaces it anyway.
+        """
         self.folder = os.path.abspath(folder)
         self.pending = plan
-        self.unchanged = False
-        self._algorithm, self._overwrite, self._keep_same = algorithm, overwrite, keep_same
+        self.unchanged, self.whole = False, False
+        self._plan, self._algorithm, self._overwrite = plan, algorithm, overwrite
+        self._resume, self._same = resume, is_same
         self.manifest = manifest.planned(plan, source, algorithm)
-        self._writer = FileWriter(self.folder, self.manifest)
+        self.manifest |= {"work": work, "boot": None if resume else boot_id()}
+        self._watch = SourceWatch(plan)
+        self._writer = FileWriter(self.folder, self.manifest, keeps=resume)
         self._lock = FolderLock(self.folder)
         self._written: list[str] = []
         self._made_folders: list[str] = []
+        self._set_aside = False
 
     @property
     def place(self) -> str:
@@ -84,34 +115,94 @@ class FolderSink:
             parent = os.path.dirname(parent)
         os.makedirs(self.folder, exist_ok=True)
         self._lock.take()
-        if present := sorted(set(os.listdir(self.folder)) - {LOCK}):
-            if self._keep_same and self._is_same(present):
-                self.pending = replace(self.pending, files=(), documents={}, replicas=())
-                return
-            self._replace(present)
-        free = shutil.disk_usage(self.folder).free
-        if free < self.pending.num_bytes:
+        if present := self._listing():
+            if self._goes_on(present) or self._is_same(present):
+                self.whole = self.unchanged
+            else:
+                self._replace(present)
+        check_space(self.folder, self.pending)
+        if not self.unchanged:
+            manifest.write(self.folder, self.manifest, keeps=self._resume)
+            self._written.append(manifest.NAME)
+
+    def _listing(self) -> list[str]:
+        """What is in the folder, but for what a run of mtt leaves that is killed at its start.
+
+        Raises:
+            TargetError: others write parts of it.
+        """
+        present = set(os.listdir(self.folder))
+        if manifest.PARTS in present:
             raise TargetError(
-                f"the disk of {self.folder} is too small; nothing was written",
-                found=f"{free:,} bytes free",
-                expected=f"{self.pending.num_bytes:,} bytes",
-                fix="free some space, or choose another folder",
+                f"{self.folder} is being written in parts",
+                found=manifest.PARTS,
+                expected="an empty or new folder",
+                fix="go on with --resume --part, choose another folder, or remove this one",
             )
-        manifest.write(self.folder, self.manifest)
-        self._written.append(manifest.NAME)
+        return sorted(present - {LOCK, f"{manifest.NAME}.part"})
+
+    def _goes_on(self, present: list[str]) -> bool:
+        """Whether this run has been begun here before; what it finished is pending no more.
+
+        Raises:
+            UsageError: another one was.
+        """
+        if not self._resume or manifest.NAME not in present:
+            return False
+        there = manifest.read(self.folder)
+        if there["status"] == "complete" and not self._overwrite:
+            source = self.manifest["source"]
+            same = is_same_plan(there, self._plan, source, self._algorithm)
+            if same and is_whole(self.folder, there):
+                self._take_over(there)
+                shutil.rmtree(os.path.join(self.folder, _REPLACED), ignore_errors=True)
+                return True
+        elif there["status"] == "running" and there.get("work") == self.manifest["work"]:
+            self._keep_finished(there)
+            return True
+        if self._overwrite:
+            return False
+        raise UsageError(
+            "the conversion to resume is not this one; nothing was written",
+            found="another source, other options, or source files that changed since",
+            expected="the command that was interrupted, on the same files",
+            fix="choose another folder, or add --overwrite to begin again",
+        )
+
+    def _keep_finished(self, there: dict[str, Any]) -> None:
+        """Keep what a run finished that ended too early, and remove the rest of it."""
+        self._set_aside = os.path.isdir(os.path.join(self.folder, _REPLACED))
+        boot = there.get("boot", "")
+        kept = set()
+        if boot is None or (boot and boot == boot_id()):
+            kept = finished(self.folder, there, self._plan)
+        for name in kept:
+            self.manifest["files"][name] = there["files"][name]
+            if boot is not None:
+                sync(os.path.join(self.folder, name))
+        rest = tuple(file for file in self._plan.files if file.name not in kept)
+        names = {file.name for file in self._plan.files}
+        for name in (*(file.name for file in rest), *(f"{name}.part" for name in names)):
+            _remove(name, self.folder)
+        for name in self._plan.documents:
+            _remove(f"{name}.part", self.folder)
+            if rest:  # without them nothing looks whole
+                _remove(name, self.folder)
+        self.pending = replace(self._plan, files=rest)
 
     def _is_same(self, present: list[str]) -> bool:
         """Whether the folder holds what would be written; `manifest` is its own then."""
-        if manifest.NAME not in present:
+        if self._same is None or manifest.NAME not in present:
             return False
         there = manifest.read(self.folder)
-        files = {name: entry["bytes"] for name, entry in there["files"].items()}
-        names = self._present({*files, *there["documents"]})
-        sizes = {n: os.path.getsize(os.path.join(self.folder, n)) for n in names if n in files}
-        whole = sizes == files and set(there["documents"]) <= names
-        if whole and is_same(there, self.pending, self.manifest["source"], self._algorithm):
-            self.manifest, self.unchanged = there, True
+        if is_whole(self.folder, there) and self._same(there):
+            self._take_over(there)
         return self.unchanged
+
+    def _take_over(self, there: dict[str, Any]) -> None:
+        """Take what is in the folder for the result."""
+        self.manifest, self.unchanged = there, True
+        self.pending = replace(self.pending, files=(), documents={}, replicas=())
 
     def _replace(self, present: list[str]) -> None:
         """Make room in a folder that is not empty: only for files an earlier run wrote."""
@@ -125,7 +216,7 @@ class FolderSink:
         aside = os.path.join(self.folder, _REPLACED)
         if os.path.isdir(aside) and os.listdir(aside):
             self._recover(present, aside)
-            present = sorted(set(os.listdir(self.folder)) - {LOCK})
+            present = self._listing()
         if manifest.NAME not in present:
             raise TargetError(
                 f"{self.folder} was not written by mtt; nothing was replaced",
@@ -144,6 +235,7 @@ class FolderSink:
                 fix="move them away, or choose another folder",
             )
         os.makedirs(aside, exist_ok=True)
+        self._set_aside = True
         for name in sorted(ours, key=lambda name: name == manifest.NAME):
             _move(name, self.folder, aside)
 
@@ -193,36 +285,40 @@ class FolderSink:
 
         Raises:
             TargetError: the disk is full or the folder not writable.
+            CorruptError: a file that it came from was changed meanwhile.
         """
-        self._writer.complete(file)
+        self._watch.check(file)
+        self._writer.seal(file)
         with self._writer.mutex:
             try:
-                manifest.write(self.folder, self.manifest)
+                manifest.write(self.folder, self.manifest, keeps=self._resume)
             except OSError as error:
-                raise target_error(self.folder, error) from error
+                raise target_error(self.folder, error, keeps=self._resume) from error
+        self._writer.publish(file)
 
     def finish(self) -> None:
         """Write the documents; from here on the folder is whole.
 
         Raises:
             TargetError: the disk is full or the folder not writable.
+            CorruptError: a file of the source was changed meanwhile.
         """
         if self.unchanged:
             return
+        self._watch.check()
         try:
             for name, data in self.pending.documents.items():
-                path = os.path.join(self.folder, name)
-                os.makedirs(os.path.dirname(path), exist_ok=True)
                 self._written.append(name)
-                with open(path + ".part", "wb") as file:
-                    file.write(data)
-                os.replace(path + ".part", path)
-                self.manifest["documents"][name] = manifest.digest(data, self._algorithm)
+                write_document(self.folder, name, data, keeps=self._resume)
+            self.manifest["documents"] = manifest.digests(self.pending.documents, self._algorithm)
             self.manifest["status"] = "complete"
-            manifest.write(self.folder, self.manifest)
+            for note in _NOTES:
+                del self.manifest[note]
+            manifest.write(self.folder, self.manifest, keeps=self._resume)
+            self.whole = True
             shutil.rmtree(os.path.join(self.folder, _REPLACED), ignore_errors=True)
         except OSError as error:
-            raise target_error(self.folder, error) from error
+            raise target_error(self.folder, error, keeps=self._resume) from error
 
     def __exit__(
         self,
@@ -240,18 +336,77 @@ class FolderSink:
         self._lock.release()
 
     def _clean_up(self) -> None:
-        """Leave the folder as it was found."""
+        """Leave the folder as it was found, but for finished files that may be of use."""
         self._writer.close()
+        if self.whole:
+            self._release()
+            return
+        complete = {n for n, f in self.manifest["files"].items() if f["status"] == "complete"}
+        keeps = self._resume and self._lock.held and complete
         for name in (*self._writer.begun, *self._written):
-            _remove(name, self.folder)
             _remove(name + ".part", self.folder)
+            if not keeps or name not in (*complete, manifest.NAME):
+                _remove(name, self.folder)
         aside = os.path.join(self.folder, _REPLACED)
-        if self._lock.held and os.path.isdir(aside):
+        if self._set_aside and not keeps and os.path.isdir(aside):
             self._put_back(aside)
         self._release()
         for folder in self._made_folders:
             if os.path.isdir(folder) and not os.listdir(folder):
                 os.rmdir(folder)
+
+
+def check_space(folder: str, plan: ConversionPlan) -> None:
+    """See that a plan finds room.
+
+    Raises:
+        TargetError: it does not.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < plan.num_bytes:
+        raise TargetError(
+            f"the disk of {folder} is too small; nothing was written",
+            found=f"{free:,} bytes free",
+            expected=f"{plan.num_bytes:,} bytes",
+            fix="free some space, or choose another folder",
+        )
+
+
+def is_whole(folder: str, there: dict[str, Any]) -> bool:
+    """Whether all files of a manifest are in a folder, in their sizes."""
+    sizes = {name: entry["bytes"] for name, entry in there["files"].items()}
+    documents = [os.path.join(folder, name) for name in there["documents"]]
+    return sizes == _sizes(folder, sizes) and all(map(os.path.lexists, documents))
+
+
+def finished(folder: str, there: dict[str, Any], plan: ConversionPlan) -> set[str]:
+    """The files of a plan that a manifest calls complete, and that are there."""
+    sizes = {file.name: file.num_bytes for file in plan.files}
+    found = _sizes(folder, sizes)
+    entries = there["files"]
+    return {
+        name
+        for name, size in sizes.items()
+        if found.get(name) == size and name in entries and entries[name]["status"] == "complete"
+    }
+
+
+def sync(path: str) -> None:
+    """Bring a file to the disk."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sizes(folder: str, names: Iterable[str]) -> dict[str, int]:
+    """The sizes of those of these files that are there."""
+    found = {}
+    for name in names:
+        with contextlib.suppress(OSError):
+            found[name] = os.path.getsize(os.path.join(folder, name))
+    return found
 
 
 def _move(name: str, source: str, target: str) -> None:

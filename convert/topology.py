@@ -5,6 +5,7 @@ pipeline   every stage and virtual chunk numbers its layers from 0; going throug
            splits alike, because the counts are read from the shards
 tensor     shards of one parameter are joined along the axis the parameter table names;
            a gated `linear_fc1` in two blocks, since rank r holds [gate_r | up_r]
+expert     those of an expert are joined along their own tensor-parallel ranks
 copies     parameters every rank holds must agree: they become `Replicas` to be compared
 cuts       what a rank gets of a parameter is one or two boxes of the whole tensor
 """
@@ -26,6 +27,7 @@ from .parameters import Parameter, find
 from .tensors import SUM, SUM_OF_PARTS, LazyTensor, combined, concat
 
 _LAYER = re.compile(r"(?<=^decoder\.layers\.)(\d+)(?=\.)")
+_EXPERT = re.compile(r"(?<=\.mlp\.experts\.)(\d+)(?=\.)")
 EMBEDDING, TIED_HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
 Held = Mapping[str, Sequence[Shard]]
 
@@ -88,19 +90,20 @@ def holders(shards: Iterable[Shard]) -> dict[str, list[Shard]]:
     return dict(held)
 
 
-def joined_shapes(held: Held, tp: int) -> dict[str, Ints]:
+def joined_shapes(held: Held, tp: int, etp: int) -> dict[str, Ints]:
     """Shapes the parameters will have once joined."""
     shapes = {}
     for name, shards in held.items():
-        shape, split = list(shards[0].tensors[name].shape), _parameter(name).split
+        parameter = _parameter(name)
+        shape, split = list(shards[0].tensors[name].shape), parameter.split
         if split is not None and split < len(shape):
-            shape[split] *= tp
+            shape[split] *= etp if parameter.of_expert else tp
         shapes[name] = tuple(shape)
     return shapes
 
 
 def join(
-    held: Held, tp: int, architecture: Architecture, summed: Collection[str] = ()
+    held: Held, tp: int, etp: int, architecture: Architecture, summed: Collection[str] = ()
 ) -> tuple[dict[str, LazyTensor], tuple[Replicas, ...]]:
     """Whole tensors, and the copies that must be equal.
 
@@ -115,21 +118,24 @@ def join(
     """
     tensors, replicas = {}, []
     for name, shards in held.items():
-        first, copies = _parts(name, shards, tp)
         parameter = _parameter(name)
-        blocks = parameter.blocks(architecture)
-        tensors[name] = _join(name, first, parameter.split, blocks)
+        first, copies = _parts(name, shards, etp if parameter.of_expert else tp)
+        blocks, split = parameter.blocks(architecture), parameter.split
+        if parameter.may_be_whole:
+            whole = parameter.shape(architecture)
+            split = None if first[0].tensors[name].shape == whole else split
+        tensors[name] = _join(name, first, split, blocks)
         if parameter.name in summed and len(first) > 1:
             how = SUM if architecture.parallel_residual else SUM_OF_PARTS
             tensors[name] = combined([shard.tensors[name] for shard in first], how)
-        elif parameter.split is None:
+        elif split is None:
             copies = [first, *copies]
             same = [shard.tensors[name] for group in copies for shard in group]
             where = [shard.where for group in copies for shard in group]
             if len(same) > 1:
                 replicas.append(Replicas(name, tuple(same), tuple(where)))
         elif copies:
-            others = [_join(name, group, parameter.split, blocks) for group in copies]
+            others = [_join(name, group, split, blocks) for group in copies]
             where = [group[0].where for group in (first, *copies)]
             replicas.append(Replicas(name, (tensors[name], *others), tuple(where)))
     if not architecture.untie_embeddings_and_output_weights and TIED_HEAD in tensors:
@@ -146,20 +152,22 @@ def _parameter(name: str) -> Parameter:
     return parameter
 
 
-def _parts(name: str, shards: Sequence[Shard], tp: int) -> tuple[list[Shard], list[list[Shard]]]:
-    """One shard per tensor-parallel rank, and further complete sets of copies."""
-    groups: dict[tuple[int, int, int], dict[int, Shard]] = defaultdict(dict)
+def _parts(name: str, shards: Sequence[Shard], count: int) -> tuple[list[Shard], list[list[Shard]]]:
+    """One shard for each of `count` ranks, and further complete sets of copies.
+
+    Expert-parallel ranks need not be there for every tensor-parallel rank: a set whose rank has no
+    further copy has its last one.
+    """
+    of_expert = _parameter(name).of_expert
+    ranks: list[list[Shard]] = [[] for _ in range(count)]
     for shard in shards:
-        groups[shard.vpp, shard.pp, shard.ep][shard.tp] = shard
-    sets = []
-    for group in groups.values():
-        if missing := [rank for rank in range(tp) if rank not in group]:
-            raise IncompleteError(
-                f"{name} is incomplete; nothing was written",
-                found=f"tensor-parallel ranks {sorted(group)}",
-                expected=f"also rank {missing[0]} of {tp}",
-            )
-        sets.append([group[rank] for rank in range(tp)])
+        ranks[shard.expert_tp if of_expert else shard.tp].append(shard)
+    if missing := [rank for rank, found in enumerate(ranks) if not found]:
+        raise IncompleteError(
+            f"{name} is incomplete; nothing was written",
+            found=f"tensor-parallel ranks {[r for r, found in enumerate(ranks) if found]}",
+            expected=f"also rank {missing[0]} of {count}",
+        )
     kinds = {(s.tensors[name].dtype, s.tensors[name].shape) for s in shards}
     if len(kinds) > 1:
         raise InconsistentError(
@@ -167,6 +175,10 @@ def _parts(name: str, shards: Sequence[Shard], tp: int) -> tuple[list[Shard], li
             found=" and ".join(sorted(f"{dtype} {list(shape)}" for dtype, shape in kinds)),
             expected="one dtype and one shape on all ranks",
         )
+    sets = [
+        [found[min(number, len(found) - 1)] for found in ranks]
+        for number in range(max(map(len, ranks)))
+    ]
     return sets[0], sets[1:]
 
 
@@ -186,7 +198,7 @@ def _join(name: str, shards: Sequence[Shard], split: int | None, blocks: int) ->
 
 
 def boxes(name: str, shape: Ints, architecture: Architecture, tp: int, rank: int) -> list[Box]:
-    """The boxes of a whole tensor that a tensor-parallel rank holds, in their order there."""
+    """The boxes of a whole tensor that one of `tp` ranks holds, in their order there."""
     parameter = _parameter(name)
     split, start = parameter.split, [0] * len(shape)
     if split is None:
@@ -209,13 +221,30 @@ def cut(
     return held[0] if len(held) == 1 else concat(held, axis=_parameter(name).split or 0)
 
 
+def is_of_expert(name: str) -> bool:
+    """Whether a parameter is a part of one of the experts, and divided as those are."""
+    return _parameter(name).of_expert
+
+
+def may_be_whole(name: str) -> bool:
+    """Whether ranks hold all of it in some specs and a part in others."""
+    return _parameter(name).may_be_whole
+
+
+def expert_number(name: str) -> int:
+    """The expert that a parameter belongs to."""
+    hit = _EXPERT.search(name)
+    assert hit is not None, name
+    return int(hit[1])
+
+
 def is_split(name: str) -> bool:
     """Whether tensor-parallel ranks hold different parts of a parameter."""
     return _parameter(name).split is not None
 
 
 def stage_names(names: Iterable[str], stage: Stage) -> list[str]:
-    """The canonical names of the parameters that a pipeline stage holds."""
+    """The canonical names of the parameters that a pipeline stage holds, copies left out."""
     held = []
     for name in names:
         layer = _LAYER.search(name)
@@ -226,6 +255,17 @@ def stage_names(names: Iterable[str], stage: Stage) -> list[str]:
         if wanted:
             held.append(name)
     return held
+
+
+def copied_names(names: Iterable[str], stage: Stage) -> list[str]:
+    """What a stage holds copies of: layers that predict further tokens look tokens up again.
+
+    (Source: GPTModel, core/models/gpt/gpt_model.py.)
+    """
+    names = list(names)
+    if not stage.last or stage.first or not any(name.startswith("mtp.") for name in names):
+        return []
+    return [name for name in names if name.startswith("embedding.")]
 
 
 def local_name(name: str, stage: Stage) -> str:

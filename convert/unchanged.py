@@ -11,7 +11,7 @@ from typing import Any
 
 from . import manifest
 from .errors import MTTError
-from .execute import run
+from .execute import Progress, run
 from .plan import ConversionPlan, PlannedFile, PlannedTensor
 
 _CARD = "README.md"  # people edit it
@@ -22,31 +22,49 @@ def is_same(
     plan: ConversionPlan,
     source: Mapping[str, Any],
     algorithm: str,
+    *,
+    num_workers: int = 1,
+    progress: Progress | None = None,
 ) -> bool:
-    """Compare a manifest with what a plan would write.
+    """Compare a manifest with what a plan would write, every hash included.
 
     Args:
         there: a manifest.
         plan: the conversion.
         source: its facts, as the manifest has them.
         algorithm: the hash it would use.
+        num_workers: threads that read the source.
+        progress: called with (bytes read, bytes in all).
 
     Raises:
         SourceError: the source cannot be read.
     """
-    if there["status"] != "complete" or there["hash"] != algorithm or algorithm == "none":
+    if algorithm == "none" or not is_same_plan(there, plan, source, algorithm):
+        return False
+    try:
+        run(
+            plan,
+            _Comparer(there),
+            num_workers=num_workers,
+            algorithm=algorithm,
+            progress=progress,
+        )
+    except _DifferentError:
+        return False
+    return True
+
+
+def is_same_plan(
+    there: Mapping[str, Any], plan: ConversionPlan, source: Mapping[str, Any], algorithm: str
+) -> bool:
+    """The same without reading a tensor: a finished conversion of the same names and sizes."""
+    if there["status"] != "complete" or there["hash"] != algorithm:
         return False
     if there["source"] != dict(source) or not _same_documents(there, plan, algorithm):
         return False
     if {file.name for file in plan.files} != set(there["files"]):
         return False
-    if not all(_same_layout(there["files"][file.name], file, algorithm) for file in plan.files):
-        return False
-    try:
-        run(plan, _Comparer(there), algorithm=algorithm)
-    except _DifferentError:
-        return False
-    return True
+    return all(_same_layout(there["files"][file.name], file, algorithm) for file in plan.files)
 
 
 def _same_documents(there: Mapping[str, Any], plan: ConversionPlan, algorithm: str) -> bool:

@@ -15,7 +15,8 @@ from .errors import IncompleteError, NotACheckpointError, SourceError
 from .execute import Progress
 from .formats.folders import iteration_folder, iterations_in
 from .hub import Blob, Branch, earlier_manifest, parse_place
-from .hub_state import UploadState, work_of_files
+from .hub_state import UploadState
+from .work import work_of_files
 
 _SMALL = 1_000_000
 # What mtt, git and huggingface_hub keep for themselves.

@@ -2,6 +2,9 @@
 
 name.part      while tensors arrive, each at its own position, from any thread
 name           once the last tensor and the bytes between them are there
+
+A run whose finished files stay if it fails sees to it that they are on the disk before they get
+their names.
 """
 
 from __future__ import annotations
@@ -12,13 +15,17 @@ import errno
 import fcntl
 import os
 import threading
-import zlib
 from operator import itemgetter
 from typing import Any
 
 from . import manifest
 from .errors import TargetError
 from .plan import PlannedFile, PlannedTensor
+
+try:  # ten times as fast
+    from zlib_ng.zlib_ng import crc32
+except ImportError:
+    from zlib import crc32
 
 LOCK = ".mtt.lock"
 
@@ -27,14 +34,18 @@ class FileWriter:
     """Assembles planned files below a folder, and notes in a manifest what they hold.
 
     Attributes:
-        begun: names of files that were opened, as they stand on the disk meanwhile.
+        begun: names of files that were opened.
         mutex: held while a file changes its name.
+        suffix: what their names end with meanwhile.
     """
 
-    def __init__(self, folder: str, record: dict[str, Any]) -> None:
+    def __init__(
+        self, folder: str, record: dict[str, Any], suffix: str = ".part", keeps: bool = False
+    ) -> None:
         self.begun: list[str] = []
         self.mutex = threading.Lock()
-        self._folder, self._record = folder, record
+        self.suffix = suffix
+        self._folder, self._record, self._keeps = folder, record, keeps
         self._open: dict[str, int] = {}
         self._fixed: dict[str, list[bytearray]] = {}
         self._checksums: dict[tuple[str, str], int] = {}
@@ -52,22 +63,22 @@ class FileWriter:
         try:
             _write_all(descriptor, data, tensor.offset + position)
         except OSError as error:
-            raise target_error(self._folder, error) from error
+            raise self._error(error) from error
         if tensor.checksum_at:
             key = file.name, tensor.name
-            self._checksums[key] = zlib.crc32(data, self._checksums.get(key, 0))
+            self._checksums[key] = crc32(data, self._checksums.get(key, 0))
 
     def _descriptor(self, file: PlannedFile) -> int:
         with self.mutex:
             assert not self._closed, file.name
             if file.name not in self._open:
-                path = os.path.join(self._folder, file.name + ".part")
+                path = os.path.join(self._folder, file.name + self.suffix)
                 flags = os.O_CREAT | os.O_TRUNC | os.O_WRONLY | os.O_CLOEXEC
                 try:
                     os.makedirs(os.path.dirname(path), exist_ok=True)
                     self._open[file.name] = os.open(path, flags, 0o666)
                 except OSError as error:
-                    raise target_error(self._folder, error) from error
+                    raise self._error(error) from error
                 self.begun.append(file.name)
                 self._fixed[file.name] = [bytearray(data) for _, data in file.fixed]
             return self._open[file.name]
@@ -85,7 +96,16 @@ class FileWriter:
         self._record["files"][file.name]["tensors"][tensor.name] = digest
 
     def complete(self, file: PlannedFile) -> None:
-        """Write what stands between the tensors, note its hash, and give the file its name.
+        """`seal` it and `publish` it.
+
+        Raises:
+            TargetError: the disk is full or the folder not writable.
+        """
+        self.seal(file)
+        self.publish(file)
+
+    def seal(self, file: PlannedFile) -> None:
+        """Write what stands between the tensors, and note its hash; nothing is missing then.
 
         Raises:
             TargetError: the disk is full or the folder not writable.
@@ -97,14 +117,33 @@ class FileWriter:
                 for (position, _), data in zip(file.fixed, fixed, strict=True):
                     _write_all(descriptor, memoryview(data), position)
                 del self._open[file.name]
-                os.close(descriptor)
-                path = os.path.join(self._folder, file.name)
-                os.replace(path + ".part", path)
             except OSError as error:
-                raise target_error(self._folder, error) from error
+                raise self._error(error) from error
+        try:
+            with open(descriptor, "wb", buffering=0):
+                if self._keeps:
+                    os.fsync(descriptor)
+        except OSError as error:
+            raise self._error(error) from error
         entry = self._record["files"][file.name]
         entry["header"] = manifest.digest(b"".join(fixed), self._record["hash"])
         entry["status"] = "complete"
+
+    def publish(self, file: PlannedFile) -> None:
+        """Give a sealed file its name.
+
+        Raises:
+            TargetError: the folder is not writable.
+        """
+        path = os.path.join(self._folder, file.name)
+        with self.mutex:
+            try:
+                os.replace(path + self.suffix, path)
+            except OSError as error:
+                raise self._error(error) from error
+
+    def _error(self, error: OSError) -> TargetError:
+        return target_error(self._folder, error, keeps=self._keeps)
 
     def close(self) -> None:
         """Close what is still open; nothing is written after it."""
@@ -157,22 +196,54 @@ class FolderLock:
             self._file = -1
 
 
+def write_document(
+    folder: str, name: str, data: bytes, suffix: str = ".part", *, keeps: bool = False
+) -> None:
+    """A small file in one step; one that holds just this already stays."""
+    path = os.path.join(folder, name)
+    if _holds(path, data):
+        return
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path + suffix, "wb") as file:
+        file.write(data)
+        if keeps:
+            file.flush()
+            os.fsync(file.fileno())
+    os.replace(path + suffix, path)
+
+
+def _holds(path: str, data: bytes) -> bool:
+    try:
+        with open(path, "rb") as file:
+            return os.fstat(file.fileno()).st_size == len(data) and file.read() == data
+    except OSError:
+        return False
+
+
 def _write_all(descriptor: int, data: memoryview, position: int) -> None:
     done = 0
     while done < len(data):
         done += os.pwrite(descriptor, data[done:], position + done)
 
 
-def target_error(folder: str, error: OSError) -> TargetError:
-    """What an error of the operating system says about a folder."""
+def target_error(folder: str, error: OSError, *, keeps: bool = False) -> TargetError:
+    """What an error of the operating system says about a folder.
+
+    Args:
+        folder: where it was written.
+        error: what went wrong.
+        keeps: whether finished files stay, for `--resume`.
+    """
+    again = "; the same command goes on then" if keeps else ", or choose another folder"
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        rest = "finished files stay" if keeps else "what was written was removed again"
         return TargetError(
-            f"the disk of {folder} is full; what was written was removed again",
+            f"the disk of {folder} is full; {rest}",
             found=str(error),
-            fix="free some space, or choose another folder",
+            fix=f"free some space{again}",
         )
     return TargetError(
         f"{folder} cannot be written",
         found=str(error),
-        fix="choose a folder you may write to",
+        fix=f"make it writable{again}" if keeps else "choose a folder you may write to",
     )

@@ -18,7 +18,10 @@ from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
+from transformers.modeling_rope_utils import RopeParameters
+
+from .plans_mtt import plans_of
+from .validation_mtt import EXPERT_FIELDS, LATENT_FIELDS, check_architecture, divides
 
 # Complete on purpose: transformers itself adds only the class being saved, and other runtimes ask
 # for `AutoModel` whatever was saved.
@@ -121,6 +124,52 @@ class MTTConfig(PreTrainedConfig):
             residual addition.
         initializer_range (`float`, *optional*, defaults to 0.02):
             Standard deviation of freshly initialised weights.
+        num_experts (`int`, *optional*):
+            Experts of a sparse layer. `None` means that every MLP is dense, and that the fields
+            from here to `router_aux_loss_coef` say nothing.
+        num_experts_per_tok (`int`, *optional*, defaults to 2):
+            How many experts a token goes through.
+        moe_intermediate_size (`int`, *optional*):
+            Width of an expert after activation. `None` means `intermediate_size`.
+        mlp_layer_types (`list[str]`, *optional*):
+            `"dense"` or `"sparse"` for each layer. `None` means that all are sparse.
+        scoring_func (`str`, *optional*, defaults to `"softmax"`):
+            `"softmax"` or `"sigmoid"`: what makes weights of the router's logits.
+        norm_topk_prob (`bool`, *optional*, defaults to `True`):
+            Whether the weights of the chosen experts are divided by their sum. With a softmax that
+            is one over the chosen experts alone: Megatron's, without `moe_router_pre_softmax`.
+        routed_scaling_factor (`float`, *optional*, defaults to 1.0):
+            Multiplies the weights, after that.
+        use_expert_bias (`bool`, *optional*, defaults to `False`):
+            Only with a sigmoid: whether a bias per expert is added to choose, and not to weigh.
+        n_group (`int`, *optional*):
+            Groups of neighbouring experts. A token first chooses `topk_group` groups, by the sum of
+            the best `num_experts_per_tok // topk_group` scores of each, then among their experts.
+        topk_group (`int`, *optional*):
+            How many groups are chosen.
+        shared_expert_intermediate_size (`int`, *optional*):
+            Width of an MLP that every token goes through beside the experts. `None`: there is none.
+        use_shared_expert_gate (`bool`, *optional*, defaults to `False`):
+            Whether its output is multiplied by the sigmoid of a projection of the token.
+        output_router_logits (`bool`, *optional*, defaults to `False`):
+            Whether the model returns the routers' logits and a loss that asks for balance.
+        router_aux_loss_coef (`float`, *optional*, defaults to 0.001):
+            The weight of that loss in the loss of `MTTForCausalLM`.
+        kv_lora_rank (`int`, *optional*):
+            Width of the latent that keys and values are made of: multi-latent attention, as in
+            DeepSeek-V3. `None` means ordinary attention, and that the next four say nothing. With
+            it `use_qk_norm` says whether latents are normalised, and the cache holds them alone.
+        q_lora_rank (`int`, *optional*):
+            Width of the latent that queries are made of. `None`: they are made of the token.
+        qk_nope_head_dim (`int`, *optional*):
+            Width of the part of a query and key head that is not rotated; it comes first.
+        qk_rope_head_dim (`int`, *optional*):
+            Width of the rotated part, which all key heads share. `head_dim` is the sum of both.
+        v_head_dim (`int`, *optional*):
+            Width of a value head.
+        num_nextn_predict_layers (`int`, *optional*, defaults to 0):
+            Heads that predict tokens after the next one, each a layer of its own: Megatron's
+            multi-token prediction. 0 leaves out those that a checkpoint has.
         use_cache (`bool`, *optional*, defaults to `True`):
             Whether the model returns keys and values for later calls.
         bos_token_id (`int`, *optional*, defaults to 50256):
@@ -143,25 +192,6 @@ class MTTConfig(PreTrainedConfig):
 
     model_type = "mtt"
     keys_to_ignore_at_inference = ["past_key_values"]
-    # Plans name everything an MTT model may have; each config keeps what its model does have.
-    base_model_tp_plan = {
-        "layers.*.self_attn.q_proj": "colwise",
-        "layers.*.self_attn.k_proj": "colwise",
-        "layers.*.self_attn.v_proj": "colwise",
-        "layers.*.self_attn.q_norm": "replicated_with_grad_allreduce",
-        "layers.*.self_attn.k_norm": "replicated_with_grad_allreduce",
-        "layers.*.self_attn.o_proj": "rowwise",
-        "layers.*.mlp.gate_proj": "colwise",
-        "layers.*.mlp.up_proj": "colwise",
-        "layers.*.mlp.down_proj": "rowwise",
-    }
-    base_model_pp_plan = {
-        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
-        "embed_positions": (["position_ids"], ["inputs_embeds"]),
-        "embed_norm": (["inputs_embeds"], ["inputs_embeds"]),
-        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
-        "norm": (["hidden_states"], ["hidden_states"]),
-    }
 
     vocab_size: int = 50257
     hidden_size: int = 1024
@@ -198,6 +228,26 @@ class MTTConfig(PreTrainedConfig):
     attention_dropout: float | int = 0.0
     hidden_dropout: float | int = 0.0
     initializer_range: float = 0.02
+    num_experts: int | None = None
+    num_experts_per_tok: int = 2
+    moe_intermediate_size: int | None = None
+    mlp_layer_types: list[str] | None = None
+    scoring_func: Literal["softmax", "sigmoid"] = "softmax"
+    norm_topk_prob: bool = True
+    routed_scaling_factor: float | int = 1.0
+    use_expert_bias: bool = False
+    n_group: int | None = None
+    topk_group: int | None = None
+    shared_expert_intermediate_size: int | None = None
+    use_shared_expert_gate: bool = False
+    output_router_logits: bool = False
+    router_aux_loss_coef: float | int = 0.001
+    kv_lora_rank: int | None = None
+    q_lora_rank: int | None = None
+    qk_nope_head_dim: int | None = None
+    qk_rope_head_dim: int | None = None
+    v_head_dim: int | None = None
+    num_nextn_predict_layers: int = 0
     use_cache: bool = True
     bos_token_id: int | None = 50256
     eos_token_id: int | list[int] | None = 50256
@@ -206,24 +256,18 @@ class MTTConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
+        if self.kv_lora_rank is not None and self.head_dim is None:
+            self.head_dim = self.qk_head_dim
         # Left at None where it does not come out even: `validate_architecture` says so.
-        if self.head_dim is None and _divides(self.num_attention_heads, self.hidden_size):
+        elif self.head_dim is None and divides(self.num_attention_heads, self.hidden_size):
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.layer_types is None and self.sliding_window is not None:
             self.layer_types = ["sliding_attention"] * self.num_hidden_layers
+        if self.num_experts is not None and self.moe_intermediate_size is None:
+            self.moe_intermediate_size = self.intermediate_size
 
-        absent = set()
-        if not self.gated_mlp:
-            absent |= {"layers.*.mlp.gate_proj"}
-        if not self.use_qk_norm:
-            absent |= {"layers.*.self_attn.q_norm", "layers.*.self_attn.k_norm"}
-        if self.position_embedding_type != "learned":
-            absent |= {"embed_positions"}
-        if not self.embedding_norm:
-            absent |= {"embed_norm"}
-        # transformers warns about rules that match nothing.
-        self.base_model_tp_plan = _without(absent, self.base_model_tp_plan)
-        self.base_model_pp_plan = _without(absent, self.base_model_pp_plan)
+        plans = plans_of(self)
+        self.base_model_tp_plan, self.base_model_ep_plan, self.base_model_pp_plan = plans
 
         kwargs.setdefault("auto_map", dict(AUTO_MAP))
         given = self.rope_parameters
@@ -245,8 +289,16 @@ class MTTConfig(PreTrainedConfig):
 
     # What is stored spells `layer_types` out: vLLM looks up a layer's without asking for `None`.
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields, for `config.json`."""
-        return {**super().to_dict(), "layer_types": self.types_of_layers()}
+        """Return the fields, for `config.json`: those of experts, latents and heads where any."""
+        stored = {**super().to_dict(), "layer_types": self.types_of_layers()}
+        unused: tuple[str, ...] = ("base_model_ep_plan",)
+        if self.num_experts is None:
+            unused += ("num_experts", *EXPERT_FIELDS)
+        if self.kv_lora_rank is None:
+            unused += ("kv_lora_rank", *LATENT_FIELDS)
+        if not self.num_nextn_predict_layers:
+            unused += ("num_nextn_predict_layers",)
+        return {name: value for name, value in stored.items() if name not in unused}
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -267,6 +319,25 @@ class MTTConfig(PreTrainedConfig):
             return self.layer_types
         return _same_layers(self.num_hidden_layers, self.sliding_window)
 
+    def types_of_mlps(self) -> list[str]:
+        """Return the kind of each layer's MLP, `mlp_layer_types` or what follows from others."""
+        if self.mlp_layer_types is not None:
+            return self.mlp_layer_types
+        return ["dense" if self.num_experts is None else "sparse"] * self.num_hidden_layers
+
+    # transformers tells by a value here that keys and values differ in width.
+    @property
+    def qk_head_dim(self) -> int | None:
+        """Width of a query and key head of multi-latent attention, where the model has it."""
+        if self.kv_lora_rank is None:
+            return None
+        return (self.qk_nope_head_dim or 0) + (self.qk_rope_head_dim or 0)
+
+    @property
+    def rotary_width(self) -> int | None:
+        """Width of what rotations see of a head, of which they may turn a part."""
+        return self.head_dim if self.kv_lora_rank is None else self.qk_rope_head_dim
+
     @property
     def logit_scale(self) -> float:
         """What vLLM, which has the head to itself, multiplies logits by."""
@@ -274,130 +345,7 @@ class MTTConfig(PreTrainedConfig):
 
     def validate_architecture(self) -> None:
         """Check what no single field shows; `@strict` calls it after construction."""
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "max_position_embeddings",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1.")
-        for name in ("attention_dropout", "hidden_dropout"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(
-                    f"{name} ({getattr(self, name)}) is a probability, between 0 and 1."
-                )
-        for name in (
-            "norm_eps",
-            "embedding_multiplier",
-            "residual_multiplier",
-            "attention_multiplier",
-            "logits_scaling",
-        ):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ValueError(f"{name} ({value}) must be greater than 0.")
-
-        if self.head_dim is None:
-            raise ValueError(
-                f"hidden_size ({self.hidden_size}) is not a multiple of num_attention_heads "
-                f"({self.num_attention_heads}): set head_dim."
-            )
-        if self.head_dim < 1:
-            raise ValueError(f"head_dim ({self.head_dim}) must be at least 1.")
-        if not _divides(self.num_key_value_heads, self.num_attention_heads):
-            raise ValueError(
-                f"num_attention_heads ({self.num_attention_heads}) is not a multiple of "
-                f"num_key_value_heads ({self.num_key_value_heads})."
-            )
-
-        self._validate_positions()
-        self._validate_layers()
-        self._validate_residuals()
-
-    def _validate_positions(self) -> None:
-        kind = self.position_embedding_type
-        if kind == "rope":
-            self._validate_rotated_part()
-        elif hasattr(self, "rope_parameters"):
-            raise ValueError(
-                f"rope_parameters ({self.rope_parameters}) go with position_embedding_type 'rope', "
-                f"not '{kind}': drop them or set the type."
-            )
-        elif self.rope_interleave:
-            raise ValueError(
-                f"rope_interleave goes with position_embedding_type 'rope', not '{kind}': drop it "
-                "or set the type."
-            )
-        if kind == "alibi" and self.sliding_window is not None:
-            raise ValueError(
-                f"sliding_window ({self.sliding_window}) and position_embedding_type 'alibi' do "
-                "not go together: drop one of them."
-            )
-
-    def _validate_rotated_part(self) -> None:
-        assert self.rope_parameters is not None and self.head_dim is not None
-        rope_type = self.rope_parameters.get("rope_type")
-        if rope_type != "default" and rope_type not in ROPE_INIT_FUNCTIONS:
-            raise ValueError(
-                f"rope_type ({rope_type}) of rope_parameters must be one of "
-                f"{['default', *ROPE_INIT_FUNCTIONS]}."
-            )
-        factor = self.rope_parameters.get("partial_rotary_factor", 1.0)
-        if not 0 < factor <= 1:
-            raise ValueError(f"partial_rotary_factor ({factor}) must be in (0, 1].")
-        # One frequency turns two values, so that an odd part is rounded up.
-        rotated = 2 * ((int(self.head_dim * factor) + 1) // 2)
-        if not 0 < rotated <= self.head_dim:
-            raise ValueError(
-                f"head_dim ({self.head_dim}) times partial_rotary_factor ({factor}) makes "
-                f"{rotated} values to rotate: expected 2 to {self.head_dim}."
-            )
-
-    def _validate_layers(self) -> None:
-        if self.sliding_window is not None and self.sliding_window < 1:
-            raise ValueError(f"sliding_window ({self.sliding_window}) must be at least 1.")
-        if self.layer_types is None:
-            return
-        types = self.layer_types
-        unknown = sorted(set(types) - {"full_attention", "sliding_attention"})
-        if unknown:
-            raise ValueError(
-                f"layer_types has {unknown}: expected 'full_attention' and 'sliding_attention'."
-            )
-        if len(types) != self.num_hidden_layers:
-            raise ValueError(
-                f"layer_types has {len(types)} entries: expected one for each of "
-                f"num_hidden_layers ({self.num_hidden_layers})."
-            )
-        if ("sliding_attention" in types) != (self.sliding_window is not None):
-            raise ValueError(
-                f"sliding_window ({self.sliding_window}) and layer_types ({types}) do not agree: "
-                "layers that slide need a window, and a window needs layers that slide."
-            )
-
-    def _validate_residuals(self) -> None:
-        if self.shared_layernorm and not self.use_parallel_residual:
-            raise ValueError(
-                "shared_layernorm goes with use_parallel_residual: one norm cannot feed attention "
-                "and an MLP that comes after it."
-            )
-        if self.use_parallel_residual and self.apply_residual_connection_post_layernorm:
-            raise ValueError(
-                "use_parallel_residual and apply_residual_connection_post_layernorm do not go "
-                "together: drop one of them."
-            )
-
-
-def _without(absent: set[str], plan: dict[str, Any]) -> dict[str, Any]:
-    return {name: entry for name, entry in plan.items() if name not in absent}
-
-
-def _divides(divisor: int | None, number: int) -> bool:
-    return divisor is not None and divisor > 0 and number % divisor == 0
+        check_architecture(self)
 
 
 def _same_layers(num_layers: int, sliding_window: int | None) -> list[str]:

@@ -1,6 +1,7 @@
 """Linear layers: built without values, and on a CPU multiplied by the faster library."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,6 +18,15 @@ SMALLEST_ON_ONE_THREAD = 2**20
 _ONEDNN: Callable[..., torch.Tensor] | None = None
 if torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available():
     _ONEDNN = getattr(getattr(torch.ops.mkldnn, "_linear_pointwise", None), "default", None)
+
+
+# Inductor takes the operator for its own, and asks that its weights be constants. Under this name
+# it calls it as it is. A copy of this file that came with a checkpoint finds the name taken.
+if _ONEDNN is not None and not hasattr(torch.ops.mtt, "linear"):
+    _LIBRARY = torch.library.Library("mtt", "FRAGMENT")  # as long as it lives
+    _LIBRARY.define("linear(Tensor states, Tensor weight, Tensor? bias) -> Tensor")
+    _LIBRARY.impl("linear", lambda *tensors: _multiply(*tensors), "CPU")
+    _LIBRARY.impl("linear", nn.functional.linear, "Meta")
 
 
 def build_linear(in_features: int, out_features: int, bias: bool) -> nn.Linear:
@@ -43,21 +53,58 @@ def project(linear: nn.Module, states: torch.Tensor) -> torch.Tensor:
         states (`torch.Tensor`): `[..., in_features]`.
     """
     output: torch.Tensor
-    if (
-        torch.is_grad_enabled()
-        or type(linear) is not nn.Linear
-        or torch.compiler.is_compiling()
-        or not _is_plain(linear, states)
-    ):
+    if torch.compiler.is_compiling():
+        output = _traced(linear, states)
+        return output
+    if torch.is_grad_enabled() or type(linear) is not nn.Linear or not _is_plain(linear, states):
         output = linear(states)
         return output
     # Without `nn.Module.__getattr__`, which takes a small model as long as what it looks for.
     weight, bias = linear._parameters["weight"], linear._parameters["bias"]
-    assert weight is not None and _ONEDNN is not None
-    smallest = SMALLEST_FOR_ONEDNN if torch.get_num_threads() > 1 else SMALLEST_ON_ONE_THREAD
-    if weight.numel() < smallest or is_transformed() or not _is_readable(states, weight, bias):
+    assert weight is not None
+    if is_transformed():
         return nn.functional.linear(states, weight, bias)
+    return _multiply(states, weight, bias)
+
+
+def _multiply(
+    states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """Multiply by whichever library is faster, both of which can."""
+    smallest = SMALLEST_FOR_ONEDNN if torch.get_num_threads() > 1 else SMALLEST_ON_ONE_THREAD
+    if (
+        weight.numel() < smallest
+        or not torch._C._get_mkldnn_enabled()
+        or not _is_readable(states, weight, bias)
+    ):
+        return nn.functional.linear(states, weight, bias)
+    assert _ONEDNN is not None
     return _ONEDNN(states, weight, bias, "none", [], "")
+
+
+def _traced(linear: nn.Module, states: torch.Tensor) -> Any:
+    """`project` of what is being compiled, which is asked no more than a trace can answer."""
+    if (
+        _ONEDNN is None
+        or torch.is_grad_enabled()
+        or torch.compiler.is_exporting()
+        or type(linear) is not nn.Linear
+        or type(linear.weight) is not nn.Parameter
+        or type(linear.bias) not in (nn.Parameter, type(None))
+        or not linear.weight.is_cpu
+        or not linear.weight.dtype == states.dtype == torch.float32
+        or linear.weight.numel() < SMALLEST_FOR_ONEDNN
+        or linear._forward_hooks
+        or linear._forward_pre_hooks
+        or "forward" in linear.__dict__
+        or modules._global_forward_hooks
+        or modules._global_forward_pre_hooks
+        or torch.is_autocast_enabled("cpu")
+        or forward_ad._current_level >= 0
+        or torch._C._functorch.maybe_current_level() is not None
+    ):
+        return linear(states)
+    return torch.ops.mtt.linear(states, linear.weight, linear.bias)
 
 
 def is_transformed() -> bool:
@@ -72,7 +119,7 @@ def is_transformed() -> bool:
     )
 
 
-def _is_readable(states: torch.Tensor, weight: nn.Parameter, bias: nn.Parameter | None) -> bool:
+def _is_readable(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
     """Return whether oneDNN, which checks little, would read each value where it lies."""
     return (
         weight.layout == states.layout == torch.strided
@@ -80,8 +127,7 @@ def _is_readable(states: torch.Tensor, weight: nn.Parameter, bias: nn.Parameter 
         and (
             bias is None
             or (
-                type(bias) is nn.Parameter
-                and bias.dtype == weight.dtype
+                bias.dtype == weight.dtype
                 and bias.is_cpu
                 and bias.shape == weight.shape[:1]
                 and bias.is_contiguous()
@@ -95,6 +141,7 @@ def _is_plain(linear: nn.Linear, states: torch.Tensor) -> bool:
     return (
         _ONEDNN is not None
         and type(weight) is nn.Parameter
+        and type(linear._parameters.get("bias")) in (nn.Parameter, type(None))
         and type(states) is torch.Tensor
         and weight.is_cpu
         and states.is_cpu
@@ -105,7 +152,6 @@ def _is_plain(linear: nn.Linear, states: torch.Tensor) -> bool:
         and "forward" not in linear.__dict__
         and not modules._global_forward_hooks
         and not modules._global_forward_pre_hooks
-        and torch._C._get_mkldnn_enabled()
         and not torch.is_autocast_enabled("cpu")
         and not torch._C._is_tracing()
         and torch._C._len_torch_dispatch_stack() == 0

@@ -15,6 +15,7 @@
 
 import math
 from collections.abc import Callable
+from copy import copy
 from typing import Any
 
 import torch
@@ -34,6 +35,10 @@ class MTTRotaryEmbedding(nn.Module):
     def __init__(self, config: MTTConfig) -> None:
         super().__init__()
         assert config.rope_parameters is not None
+        if getattr(config, "kv_lora_rank", None) is not None:
+            # transformers' functions go by `head_dim`, of which rotations see a part.
+            config = copy(config)
+            config.head_dim = config.rotary_width
         self.config = config
         self.max_seq_len_cached = config.max_position_embeddings
         self.original_max_seq_len = config.max_position_embeddings
@@ -45,6 +50,8 @@ class MTTRotaryEmbedding(nn.Module):
         else:
             rope_init_fn = ROPE_INIT_FUNCTIONS[self.rope_type]
         inv_freq, self.attention_scaling = rope_init_fn(config)
+        if self.rope_type == "yarn":
+            self.attention_scaling = yarn_attention_scaling(config) or self.attention_scaling
 
         self.register_buffer("inv_freq", inv_freq, persistent=False)
         self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
@@ -85,6 +92,48 @@ class MTTRotaryEmbedding(nn.Module):
         cos = angles.cos() * self.attention_scaling
         sin = angles.sin() * self.attention_scaling
         return cos.to(x.dtype), sin.to(x.dtype)
+
+
+def yarn_attention_scaling(config: MTTConfig) -> float | None:
+    """Return what YaRN multiplies cosines and sines by, or None where transformers says the same.
+
+    `mscale` and `mscale_all_dim` count where both are given, be they 0: as in
+    `_yarn_get_concentration_factor` of
+    megatron/core/models/common/embeddings/yarn_rotary_pos_embedding.py. transformers leaves them
+    out where one is 0.
+    """
+    assert config.rope_parameters is not None
+    given = [config.rope_parameters.get(name) for name in ("mscale", "mscale_all_dim")]
+    if None in given or config.rope_parameters.get("attention_factor") is not None:
+        return None
+    factor = _yarn_factor(config)
+    return _yarn_mscale(factor, given[0]) / _yarn_mscale(factor, given[1])
+
+
+def _yarn_factor(config: MTTConfig) -> float:
+    assert config.rope_parameters is not None
+    factor = config.rope_parameters.get("factor")
+    if factor is None:
+        original = config.rope_parameters["original_max_position_embeddings"]
+        return config.max_position_embeddings / original
+    return float(factor)
+
+
+def _yarn_mscale(factor: float, mscale: float) -> float:
+    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+
+
+def latent_score_scale(config: MTTConfig) -> float:
+    """Return what multiplies the scores of multi-latent attention.
+
+    With YaRN, its `mscale_all_dim` makes them larger, once for queries and once for keys.
+    """
+    assert config.head_dim is not None and config.rope_parameters is not None
+    scale: float = config.head_dim**-0.5
+    if config.rope_parameters["rope_type"] == "yarn":
+        all_dim = config.rope_parameters.get("mscale_all_dim") or 0.0
+        scale *= _yarn_mscale(_yarn_factor(config), all_dim) ** 2
+    return scale
 
 
 def swap_halves(states: torch.Tensor) -> torch.Tensor:

@@ -5,15 +5,19 @@ from __future__ import annotations
 import argparse
 import os
 import time
+from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 from ..checkpoint import Checkpoint
 from ..cli import LAYOUT_OPTIONS, source_options
 from ..conversion import Conversion
+from ..dropping import without_mtp
 from ..errors import UsageError
 from ..hf_source import is_hf_folder
 from ..hub import is_hub
 from ..iterations import convert_iteration, list_iterations
+from ..parts import AUTO, parse_part, share
 from ..pipeline import Result, check_target, convert, open_checkpoint, plan_conversion
 from ..plan import render
 from ..reading import window_size
@@ -35,6 +39,7 @@ def run(args: argparse.Namespace) -> int:
     """Convert, or print the plan."""
     start = time.monotonic()
     workers = default_workers() if args.workers is None else args.workers
+    part = None if args.part is None else parse_part(args.part)
     _check(args, workers)
     choices: dict[str, Any] = {
         "to": args.to,
@@ -47,41 +52,71 @@ def run(args: argparse.Namespace) -> int:
     }
     source = source_options(args)
     if args.dry_run:
-        checkpoint, _ = settle(open_checkpoint(args.source, **source), args.replicated)
-        _print_plan(args, plan_conversion(checkpoint, **choices), workers, start)
+        opened = open_checkpoint(args.source, **source)
+        checkpoint, _ = settle(without_mtp(opened) if args.drop_mtp else opened, args.replicated)
+        conversion = plan_conversion(checkpoint, **choices)
+        if part is not None:
+            conversion = replace(conversion, plan=share(conversion.plan, part))
+        _print_plan(args, conversion, workers, start)
         return 0
     choices |= {
         "replicated": args.replicated,
+        "drop_mtp": args.drop_mtp,
         "num_workers": workers,
         "overwrite": args.overwrite,
         "hash_name": args.hash,
+        "resume": args.resume,
+        "part": args.part,
         **_upload(args),
     }
     if args.all_iterations:
         del source["iteration"]
         return _convert_all(args, start, {**source, **choices})
-    with progress_bar("uploading" if is_hub(args.target) else "converting") as progress:
+    # Of the processes of a launcher the first shows progress, and the others errors.
+    quiet = args.part == AUTO and part is not None and part.number > 1
+    label = "uploading" if is_hub(args.target) else "converting"
+    with nullcontext() if quiet else progress_bar(label) as progress:
         result = convert(args.source, args.target, progress=progress, **source, **choices)
-    seconds = time.monotonic() - start
-    conversion, plan = result.conversion, result.conversion.plan
     if args.json:
-        body = _body(args, conversion)
-        status = "unchanged" if result.unchanged else "ok"
-        print_json(
-            "convert", status, start, body | {"output": result.output, "hashes": result.hashes}
-        )
-        return 0
+        body = _body(args, result.conversion) | _what_was_done(result)
+        print_json("convert", "unchanged" if result.unchanged else "ok", start, body)
+    elif quiet:
+        if result.whole and not result.unchanged:
+            say(f"{result.output}  {_parts(result)}")
+    else:
+        _print_result(args, result, time.monotonic() - start)
+    return 0
+
+
+def _what_was_done(result: Result) -> dict[str, object]:
+    """What a result adds to the description of a conversion."""
+    body: dict[str, object] = {"output": result.output, "hashes": result.hashes}
+    if result.part is not None:
+        body |= {
+            "part": str(result.part),
+            "parts_complete": result.num_complete,
+            "whole": result.whole,
+        }
+    return body
+
+
+def _print_result(args: argparse.Namespace, result: Result, seconds: float) -> None:
+    """The summary."""
+    conversion, plan = result.conversion, result.conversion.plan
     checkpoint = conversion.checkpoint
     say(result.output)
-    rate = f"{size(plan.num_bytes)} in {seconds:.1f} s, {size(plan.num_bytes / seconds)}/s"
+    rate = f"{size(result.num_bytes)} in {seconds:.1f} s, {size(result.num_bytes / seconds)}/s"
     if result.unchanged:
         rate = "nothing: it holds just this already"
+    elif args.resume and not is_hub(args.target) and not result.num_bytes:
+        rate = "no weights: they were finished before"
     print_table(
         (
             ("from", _source(checkpoint)),
             ("to", _target(args, conversion)),
             ("model", _model(conversion)),
             ("tensors", f"{plan.num_tensors} in {len(plan.files)} files"),
+            ("part", _parts(result)),
             ("written", rate),
             ("left out", dropped_text(checkpoint.dropped)),
         )
@@ -89,7 +124,16 @@ def run(args: argparse.Namespace) -> int:
     for note in conversion.notes:
         say(f"  {note}")
     print_warnings(conversion.warnings)
-    return 0
+
+
+def _parts(result: Result) -> str:
+    """How far the parts are, as the one that ends now sees it."""
+    if result.part is None:
+        return ""
+    done = f"{result.num_complete} of {result.part.count} parts are written"
+    if result.whole:
+        return f"{result.part}; {done}, and what they share"
+    return f"{result.part}, {len(result.hashes)} files; {done}, the last one makes the folder whole"
 
 
 def _convert_all(args: argparse.Namespace, start: float, options: dict[str, Any]) -> int:
@@ -128,7 +172,7 @@ def _convert_all(args: argparse.Namespace, start: float, options: dict[str, Any]
 
 def _upload(args: argparse.Namespace) -> dict[str, bool]:
     """The options that only a target on the Hub has."""
-    return {"resume": args.resume, "private": args.private, "create_pr": args.create_pr}
+    return {"private": args.private, "create_pr": args.create_pr}
 
 
 def _source(checkpoint: Checkpoint) -> str:
@@ -163,6 +207,9 @@ def _check(args: argparse.Namespace, workers: int) -> None:
         args.source,
         args.target,
         {f"--{n.replace('_', '-')}": on for n, on in _upload(args).items()},
+        None
+        if args.part is None
+        else {"--overwrite": args.overwrite, "--all-iterations": args.all_iterations},
     )
     if args.all_iterations and (args.iteration is not None or args.dry_run):
         raise UsageError(

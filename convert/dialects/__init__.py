@@ -22,10 +22,12 @@ _NOT_YET = (
         r"|lm_head\.(dense|norm|layernorm)\..*|binary_head\..*",
         "BERT",
     ),
-    (r".*\.mlp\.(experts|local_experts|router|deepspeed_moe)\..*", "a mixture of experts"),
-    (r"mtp\..*", "multi-token prediction"),
+    (
+        r"(?!decoder\.|mtp\.).*\.mlp\.(experts|router)\..*"
+        r"|.*\.mlp\.(local_experts|deepspeed_moe)\..*",
+        "a mixture of experts from before Megatron-Core 0.5",
+    ),
     (r".*\.mixer\..*", "Mamba layers"),
-    (r".*\.self_attention\.linear_(q|kv)_.*", "multi-latent attention"),
 )
 DIALECTS: tuple[Dialect, ...] = (
     core_te.DIALECT,
@@ -70,5 +72,4 @@ def canonical(dialect: Dialect, shards: Sequence[Shard]) -> list[Shard]:
     Raises:
         MappingError: a name without a rule or with two, or a group of which a shard lacks a part.
     """
-    dialect.rules.resolve({name for shard in shards for name in shard.tensors})
     return [replace(shard, tensors=dialect.rules.rename(shard.tensors)) for shard in shards]

@@ -5,22 +5,30 @@
 
 from ..mapping import Rule, RuleTable
 from . import core_te
+from .core_te import LATENT, LAYER, NORM_1, NORM_2
 from .dialect import Dialect
 from .modules import Modules
 
-_NORMS = {
-    "self_attention.linear_qkv.layer_norm_{p}": "input_layernorm.{p}",
-    "mlp.linear_fc1.layer_norm_{p}": "pre_mlp_layernorm.{p}",
-}
-
-
-def _local(name: str) -> str:
-    for fused, separate in _NORMS.items():
-        name = name.replace(fused, separate)
-    return name
-
-
-RULES = RuleTable(*(Rule(_local(rule.source), rule.target) for rule in core_te.RULES.rules))
+_ATTENTION = f"{LAYER}self_attention"
+_Q_NORM, _K_NORM = f"{_ATTENTION}.q_layernorm.{{p}}", f"{_ATTENTION}.k_layernorm.{{p}}"
+RULES = RuleTable(
+    *core_te.BEFORE,
+    *core_te.with_mtp(
+        Rule(f"{LAYER}input_layernorm.{{p}}", NORM_1),
+        # The norm of latent attention's short queries is called like that of query heads.
+        Rule(_Q_NORM, _Q_NORM, unless=LATENT),
+        Rule(_Q_NORM, f"{_ATTENTION}.linear_q_up_proj.layer_norm_{{p}}", beside=LATENT),
+        Rule(_K_NORM, _K_NORM),
+        Rule(
+            f"{_ATTENTION}.kv_layernorm.{{p}}",
+            f"{_ATTENTION}.linear_kv_up_proj.layer_norm_{{p}}",
+        ),
+        *core_te.ATTENTION,
+        Rule(f"{LAYER}pre_mlp_layernorm.{{p}}", NORM_2),
+        *core_te.MLP,
+    ),
+    *core_te.AFTER,
+)
 DIALECT = Dialect(
     name="core_local",
     rules=RULES,
@@ -31,23 +39,15 @@ MODULES = Modules(
     before=core_te.MODULES.before,
     layer=(
         "input_layernorm",
-        "self_attention.linear_proj",
-        "self_attention.linear_qkv",
+        *core_te.PROJECTIONS,
         "self_attention.q_layernorm",
         "self_attention.k_layernorm",
+        "self_attention.kv_layernorm",
         "pre_mlp_layernorm",
-        "mlp.linear_fc1",
-        "mlp.linear_fc2",
+        *core_te.LAYER_MLPS,
     ),
     after=core_te.MODULES.after,
-    stateful=frozenset(
-        (
-            "self_attention.linear_proj",
-            "self_attention.linear_qkv",
-            "mlp.linear_fc1",
-            "mlp.linear_fc2",
-            "output_layer",
-        )
-    ),
+    mtp=core_te.MODULES.mtp,
+    stateful=frozenset((*core_te.PROJECTIONS, *core_te.MLPS, "eh_proj", "output_layer")),
     bare=frozenset(("output_layer",)),
 )

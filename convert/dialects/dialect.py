@@ -64,8 +64,7 @@ class Dialect:
 
     def known(self, names: Iterable[str]) -> int:
         """How many of the names have a rule."""
-        patterns = [pattern for rule in self.rules.rules for pattern in rule.patterns]
-        return sum(any(pattern.fullmatch(name) for pattern in patterns) for name in names)
+        return self.rules.count_known(names)
 
     def generation(self, names: Iterable[str]) -> tuple[str, str]:
         """Which releases write such names, and a name that shows it."""

@@ -8,7 +8,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ..architecture import Architecture
-from . import gpt2, gpt_neox, llama, mistral, mtt, nemotron, qwen2, qwen3
+from . import (
+    deepseek_v3,
+    glm4_moe,
+    gpt2,
+    gpt_neox,
+    llama,
+    mistral,
+    mixtral,
+    mtt,
+    nemotron,
+    qwen2,
+    qwen2_moe,
+    qwen3,
+    qwen3_moe,
+)
 from .family import Family
 
 __all__ = ["FAMILIES", "Family", "exact_families"]
@@ -16,7 +30,21 @@ __all__ = ["FAMILIES", "Family", "exact_families"]
 # The families of transformers in the order in which they are preferred.
 FAMILIES: Mapping[str, Family] = {
     module.FAMILY.name: module.FAMILY
-    for module in (mtt, llama, qwen2, qwen3, mistral, nemotron, gpt_neox, gpt2)
+    for module in (
+        mtt,
+        llama,
+        qwen2,
+        qwen3,
+        mistral,
+        mixtral,
+        qwen2_moe,
+        qwen3_moe,
+        glm4_moe,
+        deepseek_v3,
+        nemotron,
+        gpt_neox,
+        gpt2,
+    )
 }
 
 

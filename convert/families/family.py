@@ -9,13 +9,14 @@ What differs is what stands in the way, and is named.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 
 from ..architecture import PARAMS_DTYPES, Architecture
 from ..argument_tables import Neutral
 from ..errors import UnsupportedError
 from ..mapping import RuleTable, shorten
+from ..tensors import LazyTensor
 from .fields import Config, Field
 
 # What every class of transformers has, or had, in its configuration without computing with it.
@@ -36,6 +37,9 @@ _COMMON = frozenset(
     top_p typical_p
     """.split()
 )
+
+
+Tensors = Mapping[str, LazyTensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +70,9 @@ class Family:
         ignored: fields without a part in the forward pass.
         limits: what an architecture must fulfil besides.
         buffers: a pattern of tensors that older versions saved and none loads.
+        respell: given tensors under any names the class reads, those under the names of `rules`.
+        copies: what is stored more than once, for an architecture: name of the copy -> of what.
+        as_stored: what a folder with these names computes of what `config.json` says.
         has_tp_plan, has_attention_backends: whether transformers can split the class over devices
             and choose its attention, in all versions mtt supports; `auto` takes no other.
         auto_map: where the Auto classes find code that travels with the weights.
@@ -84,6 +91,9 @@ class Family:
     ignored: tuple[str, ...] = ()
     limits: tuple[Limit, ...] = ()
     buffers: str = r"(.*\.)?rotary_emb\.inv_freq"
+    respell: Callable[[Tensors, Architecture], Tensors] = lambda tensors, a: tensors
+    copies: Callable[[Architecture], Mapping[str, str]] = lambda a: {}
+    as_stored: Callable[[Architecture, Collection[str]], Architecture] = lambda a, names: a
     has_tp_plan: bool = True
     has_attention_backends: bool = True
     auto_map: Mapping[str, str] = field(default_factory=dict)

@@ -22,6 +22,7 @@ from ..architecture import (
     Architecture,
 )
 from ..errors import UnsupportedError
+from . import yarn
 
 Config = Mapping[str, object]
 Names = str | tuple[str, ...]
@@ -30,8 +31,10 @@ _KINDS = {
     "float": (float, "a number"),
     "bool": (bool, "true or false"),
 }
-_MOST_LAYERS = 100_000  # more than any model has, and few enough to count
-_TYPES = {field.name: str(field.type).removesuffix(" | None") for field in fields(Architecture)}
+MOST_LAYERS = 100_000  # more than any model has, and few enough to count
+_DECLARED = {field.name: str(field.type) for field in fields(Architecture)}
+_TYPES = {name: kind.removesuffix(" | None") for name, kind in _DECLARED.items()}
+_OPTIONAL = {name for name, kind in _DECLARED.items() if kind.endswith(" | None")}
 
 
 class Field(Protocol):
@@ -55,7 +58,10 @@ class Field(Protocol):
 
 @dataclass(frozen=True)
 class Same:
-    """Equal values under two names; `otherwise` computes what null stands for."""
+    """Equal values under two names; `otherwise` computes what null stands for.
+
+    Without it, null is None where the architecture's field may be that.
+    """
 
     config: str
     architecture: str
@@ -71,13 +77,17 @@ class Same:
         value = config.get(self.config)
         if value is None and self.otherwise is not None:
             value = self.otherwise(config)
+        if value is None and self.architecture in _OPTIONAL:
+            return {self.architecture: None}
         kind = _TYPES[self.architecture]
         return {self.architecture: number(self.config, value, kind)}
 
     def write(self, architecture: Architecture) -> dict[str, object]:
         """The value."""
         value = getattr(architecture, self.architecture)
-        return {self.config: float(value) if _TYPES[self.architecture] == "float" else value}
+        if _TYPES[self.architecture] == "float" and value is not None:
+            value = float(value)
+        return {self.config: value}
 
 
 @dataclass(frozen=True)
@@ -172,6 +182,8 @@ class Rope:
         old_base, old_percent: where earlier versions wrote base and part.
         optional: whether `position_embedding_type` says if there are rotary positions at all.
         interleaved: the field that says whether neighbours are pairs, where there is one.
+        yarn: whether the class has YaRN as Megatron's latent attention has it.
+        base: the base where the configuration does not say.
     """
 
     partial: bool = False
@@ -180,6 +192,8 @@ class Rope:
     old_percent: str = "partial_rotary_factor"
     optional: bool = False
     interleaved: str | None = None
+    yarn: bool = False
+    base: float = 10000.0
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -205,7 +219,7 @@ class Rope:
                 found=f"rope_parameters for {', '.join(map(str, nested))}",
                 expected="one kind in all layers",
             )
-        base = _first(rope.get("rope_theta"), config.get(self.old_base), 10000.0)
+        base = _first(rope.get("rope_theta"), config.get(self.old_base), self.base)
         percent = _first(
             rope.get("partial_rotary_factor"), config.get(self.old_percent), self.percent
         )
@@ -219,9 +233,15 @@ class Rope:
         return {
             "rotary_base": number("rope_theta", base, "float"),
             "rotary_percent": percent,
-            **_scaling(rope, config),
+            **self._scaling(rope, config),
             **self._pairs(config),
         }
+
+    def _scaling(self, rope: Config, config: Config) -> dict[str, object]:
+        kind = _first(rope.get("rope_type"), rope.get("type"), "default")
+        if self.yarn and kind == "yarn" and config.get("kv_lora_rank") is not None:
+            return yarn.read(rope, config)
+        return _scaling(rope, config)
 
     def _pairs(self, config: Config) -> dict[str, object]:
         name = self.interleaved
@@ -241,6 +261,8 @@ class Rope:
         elif a.rotary_seq_len_interpolation_factor is not None:
             factor = float(a.rotary_seq_len_interpolation_factor)
             rope |= {"rope_type": "linear", "factor": factor}
+        elif self.yarn and a.rope_type == "yarn":
+            rope |= yarn.write(a)
         pairs = {self.interleaved: a.rotary_interleaved} if self.interleaved else {}
         return {"rope_parameters": rope, **pairs}
 
@@ -348,7 +370,7 @@ class LayerWindows:
             return {}
         elif self.switched:
             first = number("max_window_layers", config.get("max_window_layers"), "int")
-            flags = tuple(int(layer >= first) for layer in range(min(num_layers, _MOST_LAYERS)))
+            flags = tuple(int(layer >= first) for layer in range(min(num_layers, MOST_LAYERS)))
         else:
             return {"window_size": _window(size)}
         if not any(flags):

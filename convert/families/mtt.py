@@ -1,12 +1,65 @@
-"""`modeling_mtt`: the class that computes every dense Megatron GPT, and more."""
+"""`modeling_mtt`: the class that computes every Megatron GPT, and more."""
 
 from __future__ import annotations
 
+from functools import partial
+
+from ..architecture import Architecture
 from ..argument_tables import Neutral
+from .expert_fields import (
+    Groups,
+    LatentHeads,
+    Only,
+    RouterScores,
+    ScoreFactor,
+    SparseLayers,
+)
 from .family import Family
 from .fields import Choice, LayerWindows, Opposite, Rope, Same, Vocabulary, head_size
 from .names import decoder_rules
 
+
+def _has_experts(a: Architecture) -> bool:
+    return a.num_experts is not None
+
+
+def _is_latent(a: Architecture) -> bool:
+    return a.multi_latent_attention
+
+
+EXPERTS = Only(
+    "num_experts",
+    _has_experts,
+    (
+        Same("num_experts", "num_experts"),
+        Same("num_experts_per_tok", "moe_router_topk"),
+        Same("moe_intermediate_size", "moe_ffn_hidden_size", lambda c: c.get("intermediate_size")),
+        SparseLayers(),
+        RouterScores(),
+        ScoreFactor(),
+        Same("use_expert_bias", "moe_router_enable_expert_bias"),
+        Groups(),
+        Same("shared_expert_intermediate_size", "moe_shared_expert_intermediate_size"),
+        Same("use_shared_expert_gate", "moe_shared_expert_gate"),
+    ),
+)
+LATENT_ATTENTION = Only(
+    "kv_lora_rank",
+    _is_latent,
+    (
+        LatentHeads(),
+        Same("kv_lora_rank", "kv_lora_rank"),
+        Same("q_lora_rank", "q_lora_rank"),
+        Same("qk_nope_head_dim", "qk_head_dim"),
+        Same("qk_rope_head_dim", "qk_pos_emb_head_dim"),
+        Same("v_head_dim", "v_head_dim"),
+    ),
+)
+FURTHER_TOKENS = Only(
+    "num_nextn_predict_layers",
+    lambda a: a.mtp_num_layers > 0,
+    (Same("num_nextn_predict_layers", "mtp_num_layers"),),
+)
 FAMILY = Family(
     name="mtt",
     causal_lm="MTTForCausalLM",
@@ -21,7 +74,7 @@ FAMILY = Family(
         "AutoModelForTokenClassification": "modeling_mtt.MTTForTokenClassification",
     },
     code="modeling_mtt",
-    rules=decoder_rules,
+    rules=partial(decoder_rules, mtp=True),
     fields=(
         Vocabulary(),
         Same("hidden_size", "hidden_size"),
@@ -50,7 +103,7 @@ FAMILY = Family(
             {"learned": "learned_absolute", "rope": "rope", "alibi": "alibi", "none": "none"},
         ),
         Same("max_position_embeddings", "max_position_embeddings"),
-        Rope(partial=True, optional=True, interleaved="rope_interleave"),
+        Rope(partial=True, optional=True, interleaved="rope_interleave", yarn=True),
         LayerWindows(),
         Choice(
             ("attention_bias", "attention_out_bias", "mlp_bias"),
@@ -68,6 +121,9 @@ FAMILY = Family(
         Same("attention_dropout", "attention_dropout"),
         Same("hidden_dropout", "hidden_dropout"),
         Same("initializer_range", "init_method_std"),
+        EXPERTS,
+        LATENT_ATTENTION,
+        FURTHER_TOKENS,
     ),
     defaults={
         "hidden_act": "gelu_pytorch_tanh",
@@ -87,7 +143,13 @@ FAMILY = Family(
         "attention_dropout": 0.0,
         "hidden_dropout": 0.0,
         "initializer_range": 0.02,
+        "scoring_func": "softmax",
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 1.0,
+        "use_expert_bias": False,
+        "use_shared_expert_gate": False,
     },
+    ignored=("router_aux_loss_coef", "output_router_logits"),
     neutral={
         "shared_layernorm": Neutral("one norm for attention and MLP", (False,)),
         "apply_residual_connection_post_layernorm": Neutral(

@@ -114,7 +114,10 @@ def _damaged(path: str, found: str, expected: str = "a safetensors file") -> Cor
 
 
 def plan_files(
-    tensors: Mapping[str, LazyTensor], dtype: str, max_shard_bytes: int
+    tensors: Mapping[str, LazyTensor],
+    dtype: str,
+    max_shard_bytes: int,
+    kept: tuple[str, ...] = (),
 ) -> tuple[tuple[PlannedFile, ...], bytes | None]:
     """Distribute tensors over safetensors files as transformers does.
 
@@ -126,6 +129,7 @@ def plan_files(
         tensors: output name -> tensor.
         dtype: `auto` keeps each as it is stored; else a floating dtype's name.
         max_shard_bytes: a file is larger only for a single larger tensor.
+        kept: ends of names of tensors that are cast to float32 or not at all.
 
     Returns:
         The files, and the index document if there is more than one.
@@ -134,7 +138,8 @@ def plan_files(
     current: list[tuple[str, LazyTensor, DType]] = []
     size = 0
     for name, tensor in tensors.items():
-        target = tensor.dtype if dtype == "auto" else DTYPES[dtype]
+        stays = dtype == "auto" or (dtype != "float32" and name.endswith(kept))
+        target = tensor.dtype if stays else DTYPES[dtype]
         num_bytes = tensor.num_elements * target.itemsize
         if num_bytes > max_shard_bytes:
             groups.append([(name, tensor, target)])

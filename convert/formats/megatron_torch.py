@@ -23,7 +23,8 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import islice, product
+from math import lcm
 
 from .. import sources
 from ..checkpoint import Layout, RawCheckpoint, Shard
@@ -32,6 +33,7 @@ from ..errors import (
     IncompleteError,
     InconsistentError,
     MappingError,
+    UnsupportedError,
 )
 from ..plan import PlannedFile
 from ..sources import listing
@@ -103,12 +105,13 @@ def open_folder(place: Place, skip_keys: frozenset[str] = frozenset()) -> RawChe
         for chunk, model in enumerate(_chunks(file, content, dropped, skip_keys)):
             tensors = tensors_of(model, file.folder, file.path, dropped)
             where = f"{file.folder}/{os.path.basename(file.path)}"
-            shards.append(Shard(where, tensors, arguments[file.folder], tp, pp, chunk, ep))
+            etp = tp % sizes.expert_tp
+            shards.append(Shard(where, tensors, arguments[file.folder], tp, pp, chunk, ep, etp))
     num_chunks = 1 + max(shard.vpp for shard in shards)
     return RawCheckpoint(
         format=NAME,
         folder=place.folder,
-        layout=Layout(sizes.tp, sizes.pp, num_chunks, sizes.ep),
+        layout=replace(sizes, vpp=num_chunks),
         shards=tuple(shards),
         iteration=iteration(first, place, files[0].path),
         args=args,
@@ -172,7 +175,29 @@ def _sizes(args: Mapping[str, object] | None, files: list[_RankFile]) -> Layout:
         ("expert_model_parallel_size",),
     )
     tp, pp, ep = (size_in(args, *n) or most for n, most in zip(names, widest, strict=True))
-    return Layout(tp=tp, pp=pp, ep=ep)
+    return Layout(tp=tp, pp=pp, ep=ep, etp=_expert_tp(args, tp))
+
+
+def _expert_tp(args: Mapping[str, object] | None, tp: int) -> int | None:
+    """Ranks that an expert is divided among, where it is not divided like everything else.
+
+    Rank r of a stage is tensor-parallel rank r % TP, within an expert rank r % ETP, and
+    expert-parallel rank r // ETP % EP. A folder says the first and the last, which determine the
+    second if ETP divides TP. (Source: initialize_model_parallel, core/parallel_state.py.)
+    """
+    if args is None or not args.get("num_experts"):
+        return None
+    etp = size_in(args, "expert_tensor_parallel_size")
+    if etp is None or etp == tp:
+        return None
+    if tp % etp:
+        raise UnsupportedError(
+            "experts are divided among ranks that have no files of their own",
+            found=f"expert_tensor_parallel_size = {etp}, tensor_model_parallel_size = {tp}",
+            expected=f"a size that divides {tp}",
+            fix="save the checkpoint as torch_dist, which does not depend on ranks",
+        )
+    return etp
 
 
 def _coordinates(file: _RankFile, sizes: Layout) -> tuple[int, int, int]:
@@ -189,7 +214,7 @@ def _coordinates(file: _RankFile, sizes: Layout) -> tuple[int, int, int]:
 
 
 def _check_grid(place: Place, ranks: Mapping[str, tuple[int, int, int]], sizes: Layout) -> None:
-    """Every (tensor, pipeline) and every (expert, pipeline) rank needs a file."""
+    """Every tensor-parallel rank needs a file, and every expert rank, at each pipeline stage."""
     for folder, (tp, pp, ep) in ranks.items():
         if tp >= sizes.tp or pp >= sizes.pp or ep >= sizes.ep:
             raise InconsistentError(
@@ -205,26 +230,33 @@ def _check_grid(place: Place, ranks: Mapping[str, tuple[int, int, int]], sizes: 
             expected=f"one folder per rank of {sizes}",
             fix="separate the files of the two runs",
         )
-    present = {(tp, pp) for tp, pp, _ in ranks.values()}
-    experts = {(ep, pp) for _, pp, ep in ranks.values()}
-    num_missing = sizes.tp * sizes.pp - len(present)
+    dense = {(tp, pp) for tp, pp, _ in ranks.values()}
+    experts = {(tp % sizes.expert_tp, pp, ep) for tp, pp, ep in ranks.values()}
     grid = ((tp, pp) for tp in range(sizes.tp) for pp in range(sizes.pp))
+    num_missing = sizes.tp * sizes.pp - len(dense)
     missing = [
-        f"{_rank_folder(tp, pp, sizes)}/{_FILE}"
-        for tp, pp in islice((rank for rank in grid if rank not in present), _MAX_NAMED)
+        f"{_rank_folder(tp, pp, 0, sizes)}/{_FILE}"
+        for tp, pp in islice((rank for rank in grid if rank not in dense), _MAX_NAMED)
     ]
-    if not missing and sizes.ep * sizes.pp > len(experts):
-        num_missing = sizes.ep * sizes.pp - len(experts)
-        pairs = ((ep, pp) for ep in range(sizes.ep) for pp in range(sizes.pp))
-        absent = islice((pair for pair in pairs if pair not in experts), _MAX_NAMED)
-        missing = [f"a file of expert rank {ep} at pipeline rank {pp}" for ep, pp in absent]
+    num_absent = sizes.expert_tp * sizes.pp * sizes.ep - len(experts)
+    if not missing and num_absent:
+        num_missing = num_absent
+        sets = (range(size) for size in (sizes.expert_tp, sizes.pp, sizes.ep))
+        absent = (rank for rank in product(*sets) if rank not in experts)
+        missing = [
+            f"{_rank_folder(tp, pp, ep, sizes)}/{_FILE}"
+            if sizes.expert_tp == sizes.tp
+            else f"a file of expert rank {ep} at pipeline rank {pp}, of a rank TT of which the "
+            f"remainder by {sizes.expert_tp} is {tp}"
+            for tp, pp, ep in islice(absent, _MAX_NAMED)
+        ]
     if missing:
         others = [n for n in place.iterations if _has_all(place, n, sizes)]
         fix = "copy that file again" if num_missing == 1 else "copy those files again"
         more = f", ... ({num_missing})" if num_missing > len(missing) else ""
         raise IncompleteError(
             f"{os.path.basename(place.folder)} is incomplete; nothing was written",
-            found=f"{len(present)} of {sizes.tp * sizes.pp} ranks ({sizes})",
+            found=f"{len(ranks)} of {len(needed_ranks(sizes))} ranks ({sizes})",
             expected=", ".join(missing) + more,
             fix=fix + (f", or use --iteration {others[-1]}, which is complete" if others else ""),
         )
@@ -233,14 +265,26 @@ def _check_grid(place: Place, ranks: Mapping[str, tuple[int, int, int]], sizes: 
 def _has_all(place: Place, iteration: int, sizes: Layout) -> bool:
     """Whether another iteration of the same root has a file for each tensor and pipeline rank."""
     root = iteration_folder(os.path.dirname(place.folder), iteration)
-    ranks = ((tp, pp) for tp in range(sizes.tp) for pp in range(sizes.pp))
-    return all(
-        sources.is_file(os.path.join(root, _rank_folder(tp, pp, sizes), _FILE)) for tp, pp in ranks
-    )
+    folders = (_rank_folder(tp, pp, ep, sizes) for tp, pp, ep in needed_ranks(sizes))
+    return all(sources.is_file(os.path.join(root, folder, _FILE)) for folder in folders)
 
 
-def _rank_folder(tp: int, pp: int, sizes: Layout) -> str:
-    return f"mp_rank_{tp:02d}" + (f"_{pp:03d}" if sizes.pp > 1 else "")
+def needed_ranks(sizes: Layout) -> list[tuple[int, int, int]]:
+    """The (tensor, pipeline, expert) ranks that write a file, by global rank.
+
+    Those are the ranks of a stage without copies of experts: r with r % TP and r // ETP % EP, as
+    many as either grid needs. With ETP = TP they are all combinations.
+    (Source: ensure_directory_exists and get_checkpoint_name, training/checkpointing.py;
+    RankGenerator, core/parallel_state.py.)
+    """
+    tp, etp, ep = sizes.tp, sizes.expert_tp, sizes.ep
+    stage = range(lcm(tp, etp * ep))
+    return [(r % tp, pp, r // etp % ep) for pp in range(sizes.pp) for r in stage]
+
+
+def _rank_folder(tp: int, pp: int, ep: int, sizes: Layout) -> str:
+    name = f"mp_rank_{tp:02d}" + (f"_{pp:03d}" if sizes.pp > 1 else "")
+    return name + (f"_{ep:03d}" if sizes.ep > 1 else "")
 
 
 def _chunks(
@@ -284,13 +328,14 @@ class RankModel:
     """What one rank's file will hold.
 
     Attributes:
-        tp, pp: the rank's coordinates.
+        tp, pp, ep: the rank's coordinates.
         args: Megatron's arguments, plain values.
         chunks: per virtual chunk, names as in the file; None for an empty `_extra_state`.
     """
 
     tp: int
     pp: int
+    ep: int
     args: Mapping[str, object]
     chunks: tuple[Mapping[str, Weight | None], ...]
 
@@ -301,8 +346,7 @@ def plan_files(
     """One file per rank, below the iteration's folder."""
     files = []
     for rank in ranks:
-        suffix = f"_{rank.pp:03d}" if layout.pp > 1 else ""
-        name = f"{folder}/mp_rank_{rank.tp:02d}{suffix}/{_FILE}"
+        name = f"{folder}/{_rank_folder(rank.tp, rank.pp, rank.ep, layout)}/{_FILE}"
         files.append(_rank_file(name, rank, iteration))
     return tuple(files)
 

@@ -9,9 +9,10 @@ Homogeneous layers are stacked: `decoder.layers.self_attention.linear_qkv.weight
 otherwise names carry the global layer number. With singleton shards the halves of a gated
 `linear_fc1` are two tensors, `weight_w` (gate) and `weight_v` (up). Names under `optimizer.`,
 whichever way the optimizer is laid out, are never opened.
-Stacked layers are written, each layer and each tensor-parallel rank's part a chunk of its own,
-as Megatron-Core does; what no reader asks for is left out: the plans of the ranks that saved, and
-the path and the identifier of the save.
+Layers that are all alike are written stacked, and so are experts; each layer, expert and rank's
+part is a chunk of its own, as Megatron-Core does. Layers with and without experts are numbered.
+What no reader asks for is left out: the plans of the ranks that saved, and the path and the
+identifier of the save.
 (megatron/core/dist_checkpointing/strategies/torch.py, core 0.16.1; torch.distributed.checkpoint.)
 """
 
@@ -58,6 +59,7 @@ _WRAPPER = "module."
 _GATE, _UP = "_w", "_v"
 _KINDS = {"optimizer": "optimizer", "rng": "rng", "rerun": "rerun state", "extra": "_extra_state"}
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
+_EXPERT = re.compile(r"(.+\.mlp\.experts\.experts\.)(\d+)\.(.+)")
 _STACKED = re.compile(r"decoder\.layers\.(?!\d+\.)(.+)")
 
 
@@ -276,11 +278,24 @@ def _numbered(name: str, tensor: LazyTensor) -> dict[str, LazyTensor]:
 
 
 @dataclass(frozen=True, slots=True)
+class Stacking:
+    """What stands in one tensor: the layers, if they are all alike, and the experts of a layer.
+
+    Attributes:
+        num_layers: layers; None if they are numbered.
+        num_experts: experts.
+    """
+
+    num_layers: int | None
+    num_experts: int = 1
+
+
+@dataclass(frozen=True, slots=True)
 class Chunk:
     """A part of a global tensor that one rank writes.
 
     Attributes:
-        name: canonical, with the layer's number.
+        name: with the numbers of layer and expert.
         shape: of the whole tensor.
         box: where the part is in it.
         weight: its elements and dtype.
@@ -306,7 +321,7 @@ class RankChunks:
 def plan_files(
     folder: str,
     ranks: Iterable[RankChunks],
-    num_layers: int,
+    stacking: Stacking,
     common: Mapping[str, object],
     max_file_bytes: int,
 ) -> tuple[tuple[PlannedFile, ...], dict[str, bytes]]:
@@ -315,17 +330,17 @@ def plan_files(
     Args:
         folder: the iteration's, as seen from the output folder.
         ranks: by global rank.
-        num_layers: layers that are stacked.
+        stacking: what is stacked.
         common: what `common.pt` holds besides its tags.
         max_file_bytes: a rank's file is continued in another beyond this.
 
     Returns:
         The chunk files, and the small files by name: `.metadata` comes last.
     """
-    index = _Index(num_layers)
+    index = _Index()
     files: list[PlannedFile] = []
     for number, rank in enumerate(ranks):
-        files += _rank_files(folder, number, rank, index, max_file_bytes)
+        files += _rank_files(folder, number, rank, index, stacking, max_file_bytes)
     tags = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
     content = {**common, "content_metadata": tags}
     backends = {"sharded_backend": NAME, "sharded_backend_version": 1}
@@ -340,7 +355,12 @@ def plan_files(
 
 
 def _rank_files(
-    folder: str, number: int, rank: RankChunks, index: _Index, max_file_bytes: int
+    folder: str,
+    number: int,
+    rank: RankChunks,
+    index: _Index,
+    stacking: Stacking,
+    max_file_bytes: int,
 ) -> list[PlannedFile]:
     """A rank's chunks, one zip after another, in as many files as they need."""
     files: list[PlannedFile] = []
@@ -357,14 +377,14 @@ def _rank_files(
 
     for name in rank.objects:
         zipped = plan([None], {}, "archive", position)
-        name = _object_name(name, index.num_layers)
+        name = _object_name(name, stacking)
         index.add_object(name, _file_name(number, 0), position, zipped.end - position)
         fixed += zipped.fixed
         position = zipped.end
     for chunk in rank.chunks:
         if position and position + chunk.weight.num_bytes > max_file_bytes:
             close()
-        name, shape, start, weight = _stacked(chunk, index.num_layers)
+        name, shape, start, weight = _stacked(chunk, stacking)
         zipped = plan(tensor_value(weight, 0), {0: weight}, "archive", position)
         place = (_file_name(number, len(files)), position, zipped.end - position)
         index.add_chunk(name, shape, start, weight, place)
@@ -379,22 +399,34 @@ def _file_name(rank: int, writer: int) -> str:
     return f"__{rank}_{writer}.distcp"
 
 
-def _stacked(chunk: Chunk, num_layers: int) -> tuple[str, Ints, Ints, Weight]:
-    """Name, shape, start and part of a chunk within all layers stacked."""
-    name, shape, start = chunk.name, chunk.shape, chunk.box[0]
-    source = chunk.weight.source
-    if hit := _LAYER.fullmatch(name):
+def _axes(name: str, stacking: Stacking) -> tuple[str, Ints, Ints]:
+    """A name without the numbers of what is stacked, those numbers, and how many there are."""
+    index: tuple[int, ...] = ()
+    sizes: tuple[int, ...] = ()
+    if hit := _EXPERT.fullmatch(name):
+        name, index, sizes = hit[1] + hit[3], (int(hit[2]),), (stacking.num_experts,)
+    if (hit := _LAYER.fullmatch(name)) and stacking.num_layers is not None:
         name = f"decoder.layers.{hit[2]}"
-        shape, start, source = (num_layers, *shape), (int(hit[1]), *start), stack([source])
+        index, sizes = (int(hit[1]), *index), (stacking.num_layers, *sizes)
+    return name, index, sizes
+
+
+def _stacked(chunk: Chunk, stacking: Stacking) -> tuple[str, Ints, Ints, Weight]:
+    """Name, shape, start and part of a chunk within all layers and experts stacked."""
+    name, index, sizes = _axes(chunk.name, stacking)
+    source = chunk.weight.source
+    for _ in index:
+        source = stack([source])
+    start = (*index, *chunk.box[0])
     label = f"{name} [{', '.join(map(str, start))}]"
-    return name, shape, start, Weight(label, source, chunk.weight.dtype)
+    return name, (*sizes, *chunk.shape), start, Weight(label, source, chunk.weight.dtype)
 
 
-def _object_name(name: str, num_layers: int) -> str:
-    """An object among those of all layers, or the only one of its name."""
-    if hit := _LAYER.fullmatch(name):
-        return f"decoder.layers.{hit[2]}/shard_{hit[1]}_{num_layers}"
-    return f"{name}/shard_0_1"
+def _object_name(name: str, stacking: Stacking) -> str:
+    """An object among those of all layers and experts, or the only one of its name."""
+    name, index, sizes = _axes(name, stacking)
+    numbers = (".".join(map(str, part)) for part in (index or (0,), sizes or (1,)))
+    return f"{name}/shard_{'_'.join(numbers)}"
 
 
 def _class(path: str) -> Global:
@@ -410,7 +442,6 @@ def _size(sizes: Ints) -> Call:
 class _Index:
     """Collects what `.metadata` says: every tensor's chunks, and where each stands."""
 
-    num_layers: int
     _objects: list[str] = field(default_factory=list)
     _tensors: dict[str, tuple[Ints, DType]] = field(default_factory=dict)
     _chunks: dict[str, list[object]] = field(default_factory=lambda: defaultdict(list))

@@ -33,6 +33,8 @@ _RENAMED = {
     "num_moe_experts": "num_experts",
     "seq_len_interpolation_factor": "rotary_seq_len_interpolation_factor",
 }
+# Fields that may have a value for each layer.
+_LISTS = ("moe_layer_freq", "moe_router_load_balancing_type")
 _ACTIVATIONS: dict[tuple[str, bool], Config] = {
     ("silu", True): {"swiglu": True},
     ("gelu", False): {"swiglu": False},
@@ -169,7 +171,7 @@ def _scalars(config: Config) -> dict[str, object]:
         for name, value in config.items()
         if isinstance(name, str)
         and not name.startswith("_")
-        and (value is None or isinstance(value, (bool, int, float, str)))
+        and (value is None or isinstance(value, (bool, int, float, str)) or name in _LISTS)
         and name not in ("normalization_impl", "activation", "bias", "vocab_size")
     }
 

@@ -120,9 +120,7 @@ def forward(
     hidden_from_encoder = padding[:, None, None, :].expand(-1, 1, question.shape[1], -1)
     hidden_from_decoder = padding[:, None, None, :].expand(-1, 1, answer.shape[1], -1)
     future = torch.ones(1, 1, answer.shape[1], answer.shape[1], dtype=torch.bool).triu(1)
-    logits: torch.Tensor = model(
-        question, answer, hidden_from_encoder, future, hidden_from_decoder
-    )
+    logits: torch.Tensor = model(question, answer, hidden_from_encoder, future, hidden_from_decoder)
     return logits
 
 
@@ -140,7 +138,9 @@ def train(args: argparse.Namespace, model: T5Model, tokenizer: Any) -> None:
     end = tokenizer.token_to_id(END_OF_TEXT)
     pairs = [(each, text) for first, text in ANSWERS.items() for each in spellings(first)]
     questions, lengths = pad([tokenizer.encode(each).ids for each, _ in pairs], end)
-    answers, answer_lengths = pad([[end, *tokenizer.encode(text).ids, end] for _, text in pairs], end)
+    answers, answer_lengths = pad(
+        [[end, *tokenizer.encode(text).ids, end] for _, text in pairs], end
+    )
     assert len(pairs) == args.global_batch_size
     assert questions.shape[1] <= args.encoder_seq_length
     assert answers.shape[1] <= args.decoder_seq_length
@@ -154,9 +154,7 @@ def train(args: argparse.Namespace, model: T5Model, tokenizer: Any) -> None:
 
 
 @torch.no_grad()
-def answer_greedily(
-    args: argparse.Namespace, model: T5Model, tokenizer: Any, question: str
-) -> str:
+def answer_greedily(args: argparse.Namespace, model: T5Model, tokenizer: Any, question: str) -> str:
     """Write the likeliest token until the end of text."""
     end = tokenizer.token_to_id(END_OF_TEXT)
     read = torch.tensor([tokenizer.encode(question).ids])

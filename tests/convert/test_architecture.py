@@ -6,8 +6,9 @@ from dataclasses import FrozenInstanceError, replace
 
 import pytest
 
-from mtt_convert.architecture import Architecture, read_shapes
+from mtt_convert.architecture import Architecture
 from mtt_convert.errors import IncompleteError, InconsistentError, UnsupportedError
+from mtt_convert.sizes import read_shapes
 
 GPT = Architecture(
     num_layers=2,

@@ -564,7 +564,7 @@ def test_an_interruption_names_the_command_that_goes_on(
         (("hf://model",), "no repository on the Hub"),
         (("hf://me/model/sub",), "no repository on the Hub"),
         (("s3://bucket/model",), "mtt cannot write there"),
-        (("out", "--resume"), "--resume: only for a target on the Hub"),
+        (("out", "--private"), "--private: only for a target on the Hub"),
         (("out", "--private", "--create-pr"), "--private, --create-pr: only for a target"),
         (("hf://me/model@x", "--all-iterations"), "every iteration has a branch of its own"),
         (("out", "--all-iterations", "--iteration", "1000"), "--all-iterations stands alone"),

@@ -80,11 +80,84 @@ def test_where_something_watches(calls):
     with torch.no_grad(), torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
         project(linear, states)
     assert counter.get_total_flops() == 2 * 2 * 16 * 24
-    torch.compiler.reset()
-    with torch.no_grad():
-        compiled = torch.compile(project, backend="eager", fullgraph=True)(linear, states)
-        assert torch.equal(compiled, linear(states))
     assert not calls
+
+
+@pytest.fixture
+def compiled():
+    torch.compiler.reset()
+    yield torch.compile(project, backend="aot_eager", fullgraph=True)
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_compiled_code_calls_it_too(calls, compiled, bias):
+    linear = nn.Linear(16, 24, bias=bias)
+    with torch.no_grad():
+        for states in (torch.randn(2, 16), torch.randn(2, 32)[:, ::2], torch.randn(3, 1, 16)):
+            torch.testing.assert_close(compiled(linear, states), linear(states))
+    assert len(calls) == 3
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        with_hook,
+        with_own_forward,
+        lambda linear: linear.to(torch.bfloat16),
+        lambda linear: setattr(linear, "weight", nn.Parameter(linear.weight[:3, :16])),
+        lambda linear: setattr(linear, "bias", nn.Parameter(torch.arange(48.0)[::2])),
+    ],
+    ids=["hook", "forward", "bfloat16", "small", "strided bias"],
+)
+def test_compiled_code_calls_what_is_no_plain_layer(calls, compiled, change):
+    linear = nn.Linear(16, 24, bias=False)
+    change(linear)
+    states = torch.randn(2, 16, dtype=linear.weight.dtype)
+    with torch.no_grad():
+        assert torch.equal(compiled(linear, states), linear(states))
+    assert not calls
+
+
+@pytest.mark.filterwarnings("ignore:TF32 acceleration on top of oneDNN:UserWarning")
+def test_where_something_watches_compiled_code(calls, compiled):
+    linear, states = nn.Linear(16, 24), torch.randn(2, 16)
+    compiled(linear, states).sum().backward()
+    assert linear.weight.grad is not None
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        assert compiled(linear, states).dtype == torch.bfloat16
+    with torch.no_grad(), torch.backends.mkldnn.flags(enabled=False):
+        compiled(linear, states)
+    assert not calls
+
+
+@torch.no_grad()
+def test_compiled_forward_derivatives_and_vmap():
+    linear, states = nn.Linear(512, 512), torch.randn(2, 512)
+    torch.compiler.reset()
+    mapped = torch.compile(torch.func.vmap(lambda x: project(linear, x)), backend="aot_eager")
+    torch.testing.assert_close(mapped(states), linear(states))
+
+    def derive(x):
+        return torch.func.jvp(lambda y: project(linear, y), (x,), (torch.ones_like(x),))[1]
+
+    found = torch.compile(derive, backend="aot_eager")(states)
+    torch.testing.assert_close(found, torch.ones_like(states) @ linear.weight.T)
+    torch.compiler.reset()
+
+
+def test_an_exported_model_needs_nothing_of_ours(calls):
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(16, 24)
+
+        def forward(self, states):
+            return project(self.linear, states)
+
+    with torch.no_grad():
+        program = torch.export.export(Layer(), (torch.randn(2, 16),))
+    assert "mtt" not in str(program.graph)
 
 
 def with_bias(values):

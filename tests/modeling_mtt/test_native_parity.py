@@ -59,13 +59,16 @@ def test_every_option_has_an_oracle():
         "bos_token_id",
         "hidden_dropout",
         "initializer_range",
+        "num_nextn_predict_layers",
+        "output_router_logits",
         "pad_token_id",
+        "router_aux_loss_coef",
         "use_cache",
     }
     fields = set(MTTConfig.__annotations__)
     assert fields - proven == no_matter_of_logits
 
-    for name in ("hidden_act", "norm_type", "position_embedding_type"):
+    for name in ("hidden_act", "norm_type", "position_embedding_type", "scoring_func"):
         default = getattr(MTTConfig, name)
         used = {oracle.options.get(name, default) for oracle in ORACLES}
         assert used >= set(typing.get_args(MTTConfig.__annotations__[name])), name

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import json
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 SIZES: dict[str, Any] = {
     "vocab_size": 97,
@@ -39,6 +41,16 @@ LLAMA3 = {
     "original_max_position_embeddings": 8192,
 }
 LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 0.5,
+}
 CLASSES = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
@@ -47,7 +59,13 @@ CLASSES = {
     "gpt2": "GPT2LMHeadModel",
     "gpt_neox": "GPTNeoXForCausalLM",
     "nemotron": "NemotronForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+    "qwen2_moe": "Qwen2MoeForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+    "deepseek_v3": "DeepseekV3ForCausalLM",
+    "glm4_moe": "Glm4MoeForCausalLM",
 }
+WITH_EXPERTS = ("mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3", "glm4_moe")
 
 
 @dataclass(frozen=True)
@@ -57,16 +75,20 @@ class Case:
     Attributes:
         family: its `model_type`.
         options: fields of the class's configuration.
+        further: layers that predict further tokens, which the class itself never saves.
     """
 
     family: str
     options: dict[str, Any] = field(default_factory=dict)
+    further: int = 0
 
     def __str__(self) -> str:
         shown = [
-            f"{k}={v['rope_type'] if isinstance(v, dict) else v}" for k, v in self.options.items()
+            f"{k}={v['rope_type'] if isinstance(v, dict) else v}"
+            for k, v in self.options.items()
+            if EXPERT_SIZES.get(self.family, {}).get(k) != v
         ]
-        return "-".join([self.family, *shown])
+        return "-".join([self.family, *shown, *(["further"] * self.further)])
 
     def config(self) -> Any:
         sizes = GPT2 if self.family == "gpt2" else SIZES
@@ -88,26 +110,102 @@ class Case:
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.normal_(std=0.3)
+            for name, buffer in model.named_buffers():
+                if name.endswith("e_score_correction_bias"):
+                    buffer.normal_(std=0.3)
         return model
 
     def save(self, folder: Path, **options: Any) -> Any:
         model = self.model()
         model.save_pretrained(folder, **options)
+        if self.family in ("deepseek_v3", "glm4_moe"):
+            _save_further(self, folder)
         return model
+
+
+def _save_further(case: Case, folder: Path) -> None:
+    """Layers after the last one, under the names that published checkpoints have."""
+    config = json.loads((folder / "config.json").read_text())
+    config["num_nextn_predict_layers"] = case.further
+    (folder / "config.json").write_text(json.dumps(config))
+    if not case.further:
+        return
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    first = config["num_hidden_layers"]
+    longer = {**case.options, "num_hidden_layers": first + case.further}
+    replace(case, options=longer, further=0).save(folder / "longer")
+    layers = load_file(folder / "longer" / "model.safetensors")
+    for number in range(first, first + case.further):
+        layer = f"model.layers.{number}."
+        tensors |= {name: tensor for name, tensor in layers.items() if name.startswith(layer)}
+        hidden = config["hidden_size"]
+        tensors[f"{layer}eh_proj.weight"] = torch.randn(hidden, 2 * hidden) * 0.3
+        for norm in ("enorm", "hnorm", "shared_head.norm"):
+            tensors[f"{layer}{norm}.weight"] = torch.randn(hidden) * 0.3
+        embedding = tensors["model.embed_tokens.weight"]
+        tensors[f"{layer}embed_tokens.weight"] = embedding.clone()
+        tensors[f"{layer}shared_head.head.weight"] = tensors.get(
+            "lm_head.weight", embedding
+        ).clone()
+    save_file(tensors, file, metadata={"format": "pt"})
+    for path in (folder / "longer").iterdir():
+        path.unlink()
+    (folder / "longer").rmdir()
 
 
 def model_class(family: str) -> Any:
     return getattr(transformers, CLASSES[family])
 
 
-def case(family: str, **options: Any) -> Case:
-    return Case(family, options)
+def case(family: str, further: int = 0, **options: Any) -> Case:
+    return Case(family, options, further)
+
+
+def experts(family: str, **options: Any) -> Case:
+    """A case of a class with experts, small where nothing else is said."""
+    return case(family, **{**EXPERT_SIZES[family], **options})
 
 
 def windows(**options: Any) -> dict[str, Any]:
     return {"num_key_value_heads": 2, "use_sliding_window": True, "sliding_window": 5, **options}
 
 
+_ROUTED: dict[str, Any] = {
+    "moe_intermediate_size": 12,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 4,
+    "first_k_dense_replace": 1,
+}
+EXPERT_SIZES: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_key_value_heads": 2, "num_local_experts": 4},
+    "qwen2_moe": {
+        "num_key_value_heads": 2,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 12,
+        "shared_expert_intermediate_size": 20,
+    },
+    "qwen3_moe": {
+        "num_key_value_heads": 2,
+        "head_dim": 12,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 12,
+    },
+    "deepseek_v3": {
+        **_ROUTED,
+        "num_key_value_heads": 4,
+        "q_lora_rank": 20,
+        "kv_lora_rank": 24,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 4,
+        "v_head_dim": 12,
+        "n_group": 4,
+        "topk_group": 2,
+    },
+    "glm4_moe": {**_ROUTED, "num_key_value_heads": 2},
+}
 TYPES = ["sliding_attention", "full_attention", "full_attention", "sliding_attention"]
 CASES = [
     case("llama", num_key_value_heads=2),
@@ -147,4 +245,54 @@ CASES = [
     ),
     case("nemotron", num_key_value_heads=2, partial_rotary_factor=1.0),
     case("gpt_neox", use_parallel_residual=False, hidden_act="gelu_new"),
+    experts("mixtral"),
+    experts(
+        "mixtral",
+        num_local_experts=6,
+        num_experts_per_tok=3,
+        sliding_window=5,
+        head_dim=16,
+        tie_word_embeddings=True,
+        rope_parameters=LINEAR,
+    ),
+    experts("qwen2_moe"),
+    experts("qwen2_moe", norm_topk_prob=True, mlp_only_layers=[0, 2], head_dim=12),
+    experts(
+        "qwen2_moe",
+        decoder_sparse_step=2,
+        qkv_bias=False,
+        tie_word_embeddings=True,
+        max_window_layers=3,
+        **windows(),
+    ),
+    experts("qwen3_moe"),
+    experts("qwen3_moe", norm_topk_prob=True, decoder_sparse_step=2, **windows()),
+    experts("qwen3_moe", mlp_only_layers=[3], tie_word_embeddings=True, num_key_value_heads=1),
+    experts("deepseek_v3"),
+    experts("deepseek_v3", q_lora_rank=None, n_group=1, topk_group=1, rope_parameters=YARN),
+    experts(
+        "deepseek_v3",
+        num_experts_per_tok=1,
+        norm_topk_prob=False,
+        routed_scaling_factor=1.0,
+        n_group=2,
+        topk_group=2,
+        n_shared_experts=2,
+        first_k_dense_replace=0,
+        tie_word_embeddings=True,
+    ),
+    experts("deepseek_v3", further=2),
+    experts("glm4_moe", use_qk_norm=True),
+    experts(
+        "glm4_moe",
+        attention_bias=True,
+        head_dim=16,
+        partial_rotary_factor=1.0,
+        n_group=4,
+        topk_group=2,
+        first_k_dense_replace=2,
+        routed_scaling_factor=2.5,
+        tie_word_embeddings=True,
+    ),
+    experts("glm4_moe", further=1),
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +18,17 @@ from mtt_convert.errors import UnsupportedError
 from mtt_convert.families import FAMILIES, exact_families
 from mtt_convert.families.family import Family
 from mtt_convert.parameters import expected
-from tests.convert.families.natives import CASES, CLASSES, LINEAR, LLAMA3, Case, case, model_class
+from tests.convert.families.natives import (
+    CASES,
+    CLASSES,
+    LINEAR,
+    LLAMA3,
+    WITH_EXPERTS,
+    YARN,
+    Case,
+    case,
+    model_class,
+)
 
 NATIVE = sorted(CLASSES)
 LLAMA = Architecture(
@@ -123,16 +134,45 @@ CHANGES: dict[str, list[Any]] = {
 }
 
 
+CHANGES_OF_EXPERTS: dict[str, list[Any]] = {
+    "num_experts": [4, 8],
+    "moe_ffn_hidden_size": [10, 12],
+    "moe_layer_pattern": [(1, 1, 1, 1), (0, 1, 1, 1), (0, 1, 0, 1), (1, 1, 0, 1)],
+    "moe_router_topk": [1, 2, 4],
+    "moe_router_score_function": ["softmax", "sigmoid"],
+    "moe_router_pre_softmax": [False, True],
+    "moe_router_topk_scaling_factor": [None, 1.0, 2.5],
+    "moe_router_enable_expert_bias": [False, True],
+    "moe_router_num_groups": [None, 2, 4],
+    "moe_router_group_topk": [None, 1, 2],
+    "moe_shared_expert_intermediate_size": [None, 12, 20, 24],
+    "moe_shared_expert_gate": [False, True],
+    "mtp_num_layers": [0, 1],
+}
+CHANGES_OF_LATENT: dict[str, list[Any]] = {
+    "q_lora_rank": [None, 20],
+    "rope_type": ["rope", "yarn"],
+    "rotary_scaling_factor": [1.0, 4.0],
+    "mscale": [1.0, 0.7],
+    "mscale_all_dim": [0.0, 0.7],
+}
+
+
 @st.composite
 def neighbours(draw: st.DrawFn) -> Architecture:
     """What a model of a native class computes, with up to two things changed."""
     one = draw(st.sampled_from(CASES))
     a = FAMILIES[one.family].architecture(one.config().to_dict())
-    names = draw(st.lists(st.sampled_from(sorted(CHANGES)), max_size=2, unique=True))
-    change = {name: draw(st.sampled_from(CHANGES[name])) for name in names}
+    changes = CHANGES if a.num_experts is None else CHANGES | CHANGES_OF_EXPERTS
+    changes = changes | CHANGES_OF_LATENT if a.multi_latent_attention else changes
+    names = draw(st.lists(st.sampled_from(sorted(changes)), max_size=2, unique=True))
+    change = {name: draw(st.sampled_from(changes[name])) for name in names}
     if a.num_layers != 4 and isinstance(change.get("window_attn_skip_freq"), tuple):
         del change["window_attn_skip_freq"]
-    return replace(a, **change)
+    try:
+        return replace(a, **change)
+    except UnsupportedError:  # no such model
+        return a
 
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=lambda family: family.name)
@@ -155,6 +195,10 @@ def test_mtt_represents_everything(architecture: Architecture) -> None:
     assert MTTConfig(**FAMILIES["mtt"].config(architecture)).vocab_size
 
 
+# Sizes that may be null, a step that may be a list, and groups that make no difference.
+SAID_OTHERWISE = ("head_dim", "decoder_sparse_step", "mlp_only_layers", "n_group", "topk_group")
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_written_configuration_is_the_one_that_was_read(case: Case) -> None:
     """transformers fills in the same values whether it gets its own file or ours."""
@@ -165,6 +209,9 @@ def test_the_written_configuration_is_the_one_that_was_read(case: Case) -> None:
     known = {name for line in family.fields for name in line.names} - aliases
     for name in known & set(theirs.to_dict()):
         one, other = getattr(theirs, name), getattr(ours, name)
+        if name in SAID_OTHERWISE and one != other:
+            assert case.family in WITH_EXPERTS
+            continue
         if name == "max_window_layers" and theirs.layer_types is not None:
             continue  # means nothing beside layer_types
         if name == "partial_rotary_factor":
@@ -220,6 +267,86 @@ def test_what_is_in_the_way_is_named(family: str, change: dict, named: str) -> N
     assert family not in exact_families(architecture)
     if family == "llama":
         assert FAMILIES[family].misfits(architecture) == (named,)
+
+
+def of(family: str, **change: Any) -> Architecture:
+    """What the first case of a family computes, changed."""
+    first = next(case for case in CASES if case.family == family)
+    return replace(FAMILIES[family].architecture(first.config().to_dict()), **change)
+
+
+@pytest.mark.parametrize(
+    ("family", "change", "named"),
+    [
+        ("mixtral", {"moe_layer_pattern": (0, 1, 1, 1)}, "moe_layer_pattern = (0, 1, 1, 1)"),
+        ("mixtral", {"moe_router_pre_softmax": True}, "moe_router_pre_softmax = True"),
+        ("mixtral", {"moe_router_topk_scaling_factor": 2.0}, "topk_scaling_factor = 2.0"),
+        ("mixtral", {"moe_router_score_function": "sigmoid"}, "score_function = sigmoid"),
+        (
+            "mixtral",
+            {"moe_router_num_groups": 2, "moe_router_group_topk": 1},
+            "moe_router_num_groups = 2",
+        ),
+        ("mixtral", {"moe_shared_expert_intermediate_size": 12}, "intermediate_size = 12"),
+        ("mixtral", {"moe_router_enable_expert_bias": True}, "enable_expert_bias = True"),
+        ("mixtral", {"mtp_num_layers": 1}, "mtp_num_layers = 1"),
+        ("qwen2_moe", {"moe_shared_expert_gate": False}, "moe_shared_expert_gate = False"),
+        (
+            "qwen2_moe",
+            {"moe_shared_expert_intermediate_size": None},
+            "shared_expert_intermediate_size = None",
+        ),
+        ("qwen2_moe", {"qk_layernorm": True}, "qk_layernorm = True"),
+        ("qwen3_moe", {"qk_layernorm": False}, "qk_layernorm = False"),
+        ("qwen3_moe", {"add_qkv_bias": True}, "add_qkv_bias = True"),
+        (
+            "qwen3_moe",
+            {"window_size": (4, 0), "window_attn_skip_freq": 2},
+            "window_attn_skip_freq = 2",
+        ),
+        ("deepseek_v3", {"layernorm_epsilon": 1e-5}, "rms_norm_eps = 1e-05"),
+        ("deepseek_v3", {"qk_layernorm": False}, "qk_layernorm = False"),
+        ("deepseek_v3", {"moe_router_enable_expert_bias": False}, "enable_expert_bias = False"),
+        ("deepseek_v3", {"moe_layer_pattern": (0, 1, 0, 1)}, "moe_layer_pattern = (0, 1, 0, 1)"),
+        ("deepseek_v3", {"moe_shared_expert_intermediate_size": 20}, "intermediate_size = 20"),
+        (
+            "deepseek_v3",
+            {"num_experts": 16, "moe_router_group_topk": 1},
+            "num_experts_per_tok = 4, topk_group = 1",
+        ),
+        ("deepseek_v3", {"moe_router_score_function": "softmax"}, "scoring_func = 'softmax'"),
+        ("glm4_moe", {"moe_shared_expert_gate": True}, "moe_shared_expert_gate = True"),
+        ("glm4_moe", {"rotary_interleaved": True}, "rotary_interleaved = True"),
+        ("glm4_moe", {"window_size": (4, 0)}, "window_size = (4, 0)"),
+        ("llama", {"mtp_num_layers": 1}, "mtp_num_layers = 1"),
+    ],
+)
+def test_what_is_in_the_way_of_experts_is_named(family: str, change: dict, named: str) -> None:
+    assert any(named in text for text in FAMILIES[family].misfits(of(family, **change)))
+
+
+def test_what_makes_no_difference_is_not_in_the_way() -> None:
+    """Widths of layers that are not there, factors of one, groups that are all chosen."""
+    for family, change in (
+        ("mixtral", {"ffn_hidden_size": 5}),
+        ("mixtral", {"moe_router_topk_scaling_factor": 1.0}),
+        ("mixtral", {"moe_router_num_groups": 2, "moe_router_group_topk": 2}),
+        ("glm4_moe", {"moe_router_pre_softmax": True}),
+    ):
+        assert of(family).forward_pass() == of(family, **change).forward_pass()
+        assert family in exact_families(of(family, **change))
+    dense_first = of("glm4_moe", ffn_hidden_size=5)
+    assert dense_first.forward_pass() != of("glm4_moe").forward_pass()
+
+
+def test_attention_scaled_as_no_mscale_says() -> None:
+    """transformers takes an mscale_all_dim of 0 for none; the factor is written then."""
+    change = {"rope_type": "yarn", "rotary_scaling_factor": 4.0, "mscale": 0.7}
+    a = of("deepseek_v3", **change)
+    rope = FAMILIES["deepseek_v3"].config(a)["rope_parameters"]
+    assert isinstance(rope, dict)
+    assert rope["attention_factor"] == pytest.approx(0.1 * 0.7 * math.log(4) + 1)
+    assert FAMILIES["deepseek_v3"].misfits(a) == ()
 
 
 def test_training_is_not_in_the_way() -> None:
@@ -308,6 +435,43 @@ def read(family: str, **change: Any) -> Architecture:
         ("gpt_neox", {"head_dim": 4}, "head_dim = 4"),
         ("gpt_neox", {"rope_parameters": {"partial_rotary_factor": 0.7}}, "rotary_percent = 0.7"),
         ("nemotron", {"attention_bias": True}, "attention_bias = True, mlp_bias = False"),
+        ("mixtral", {"attention_bias": True}, "attention_bias = True"),
+        ("mixtral", {"num_experts_per_tok": 5}, "moe_router_topk = 5, num_experts = 4"),
+        ("mixtral", {"num_local_experts": "4"}, "num_local_experts = '4'"),
+        ("qwen2_moe", {"mlp_only_layers": [0, 1, 2, 3]}, "mlp_only_layers = [0, 1, 2, 3]"),
+        ("qwen2_moe", {"mlp_only_layers": 3}, "mlp_only_layers = 3"),
+        ("qwen2_moe", {"decoder_sparse_step": 0}, "decoder_sparse_step = 0"),
+        ("qwen2_moe", {"decoder_sparse_step": 5}, "decoder_sparse_step = 5"),
+        ("qwen2_moe", {"norm_topk_prob": None}, "norm_topk_prob = None"),
+        ("qwen2_moe", {"shared_expert_intermediate_size": None}, "intermediate_size = None"),
+        ("qwen3_moe", {"attention_bias": True}, "attention_bias = True"),
+        (
+            "qwen3_moe",
+            {"use_sliding_window": True, "sliding_window": 4, "layer_types": ["full_attention"]},
+            "layer_types = ['full_attention']",
+        ),
+        ("deepseek_v3", {"rms_norm_eps": 1e-5}, "rms_norm_eps = 1e-05"),
+        ("deepseek_v3", {"attention_bias": True}, "attention_bias = True"),
+        ("deepseek_v3", {"scoring_func": "softmax"}, "scoring_func = 'softmax'"),
+        ("deepseek_v3", {"topk_method": "group_limited_greedy"}, "topk_method"),
+        ("deepseek_v3", {"moe_layer_freq": 2}, "moe_layer_freq = 2"),
+        ("deepseek_v3", {"norm_topk_prob": False}, "norm_topk_prob = False"),
+        ("deepseek_v3", {"num_experts_per_tok": 1, "topk_group": 1}, "norm_topk_prob = True"),
+        ("deepseek_v3", {"topk_group": 1}, "num_experts_per_tok = 4, topk_group = 1"),
+        ("deepseek_v3", {"n_group": 3}, "moe_router_num_groups = 3"),
+        ("deepseek_v3", {"n_shared_experts": 0}, "n_shared_experts = 0"),
+        ("deepseek_v3", {"n_shared_experts": None}, "n_shared_experts = None"),
+        ("deepseek_v3", {"first_k_dense_replace": 4}, "first_k_dense_replace = 4"),
+        ("deepseek_v3", {"num_key_value_heads": 2}, "num_key_value_heads = 2"),
+        ("deepseek_v3", {"head_dim": 12}, "head_dim = 12"),
+        ("deepseek_v3", {"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
+        ("deepseek_v3", {"rope_parameters": {**YARN, "truncate": False}}, "truncate = False"),
+        ("deepseek_v3", {"rope_parameters": {**YARN, "attention_factor": 2.0}}, "= 2.0"),
+        ("deepseek_v3", {"rope_parameters": {**YARN, "mscale": 0.0}}, "attention_factor"),
+        ("deepseek_v3", {"rope_parameters": {"rope_type": "longrope"}}, "rope_type = 'longrope'"),
+        ("glm4_moe", {"mlp_bias": True}, "mlp_bias = True"),
+        ("glm4_moe", {"rope_parameters": YARN}, "rope_type = 'yarn'"),
+        ("glm4_moe", {"moe_layer_freq": 2}, "moe_layer_freq = 2"),
     ],
     ids=str,
 )
@@ -441,9 +605,33 @@ def test_the_defaults_are_the_class_s(name: str) -> None:
         assert theirs[field] == value and type(theirs[field]) is type(value), field
     # Every other field it reads is a size, null where it is derived, or written by old versions.
     fields = {n for line in FAMILIES[name].fields for n in line.names} & set(theirs)
+    fields -= {"num_experts", "num_local_experts", "num_mtp_layers"}  # with a test of their own
     sizes = ("size", "layers", "heads", "embeddings", "n_embd", "n_layer", "n_head", "n_positions")
     for field in fields - set(FAMILIES[name].defaults):
         assert theirs[field] is None or field.endswith(sizes), field
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_experts_under_either_name(name: str) -> None:
+    """transformers 5 writes other names than published files have; one has a default."""
+    config_class = model_class(name).config_class
+    assert read(name, num_experts=None, num_local_experts=None).num_experts == (
+        config_class().num_experts
+    )
+    for field in ("num_experts", "num_local_experts"):
+        none = {"num_experts": None, "num_local_experts": None}
+        assert read(name, **{**none, field: 5}).num_experts == 5
+        assert config_class(**{field: 5}).num_local_experts == 5
+    written = FAMILIES[name].config(read(name))
+    assert ("num_experts" in written) == (name == "qwen3_moe")
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "glm4_moe"])
+def test_layers_for_further_tokens_under_either_name(name: str) -> None:
+    none = {"num_mtp_layers": None, "num_nextn_predict_layers": None}
+    assert read(name, **none).mtp_num_layers == 1
+    for field in none:
+        assert read(name, **{**none, field: 3}).mtp_num_layers == 3
 
 
 @pytest.mark.parametrize("name", NATIVE)
