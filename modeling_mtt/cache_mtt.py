@@ -1,4 +1,4 @@
-"""A cache that grows in place, and one whose count stays."""
+"""A cache that grows in place, and one whose counts stay."""
 
 from copy import copy
 from typing import Any
@@ -104,15 +104,17 @@ def let_grow(cache: Any) -> None:
         ]
 
 
-def freeze_count(cache: Cache) -> Cache:
-    """Return a cache that tells how many tokens it has seen now, whatever comes later.
+def with_own_counts(cache: Cache) -> Cache:
+    """Return the cache, but that the numbers of tokens it tells do not change later.
 
     Static caches count in place, and flex attention computes its mask when it is used: by then the
     first layer has counted the new tokens.
     """
-    seen = cache.get_seq_length()
-    if isinstance(seen, torch.Tensor):
-        seen = seen.clone()
-    frozen = copy(cache)
-    frozen.get_seq_length = lambda layer_idx=0: seen
-    return frozen
+
+    def seen_tokens(layer_idx: int = 0) -> int | torch.Tensor:
+        seen: int | torch.Tensor = cache.get_seq_length(layer_idx)
+        return seen.clone() if isinstance(seen, torch.Tensor) else seen
+
+    same = copy(cache)
+    same.get_seq_length = seen_tokens
+    return same
