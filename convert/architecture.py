@@ -1,4 +1,4 @@
-"""What a Megatron GPT computes, in Megatron-Core's words, normalised over generations.
+"""What a Megatron model computes, in Megatron-Core's words, normalised over generations.
 
     h = word_embeddings[tokens] (+ position_embeddings[positions])      (then a norm, in BLOOM)
     for each layer:
@@ -7,6 +7,9 @@
     logits = output_layer(final_layernorm(h))
 
 With `parallel_residual`, both norms of a layer see the same h, and both results are added to it.
+A T5 has two such stacks over one embedding. Its encoder sees all tokens; each layer of its decoder
+has a second attention between the two lines, with a norm before it, to what the encoder gives
+(models/T5/t5_model.py). Relative positions are added to the scores of self attention.
 
 `arguments.py` makes an `Architecture` from a checkpoint; readers, families and writers work with
 nothing else. Sources are paths in megatron-core 0.16.1 unless another is named.
@@ -68,7 +71,7 @@ ROPE_SCALING_ORIGINAL_MAX_POSITION_EMBEDDINGS = 8192
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """The numbers and choices that decide what a Megatron GPT computes.
+    """The numbers and choices that decide what a Megatron model computes.
 
     Raises:
         UnsupportedError: numbers that no model can have, or a choice mtt does not know.
@@ -316,6 +319,11 @@ class Architecture:
         """Rows of `linear_qkv`: all query, key and value heads."""
         return (self.num_attention_heads + 2 * self.num_query_groups) * self.kv_channels
 
+    @property
+    def kv_size(self) -> int:
+        """Rows of the `linear_kv` of cross attention: all key and value heads."""
+        return 2 * self.num_query_groups * self.kv_channels
+
     def fc1_size(self, width: int | None = None) -> int:
         """Rows of the `linear_fc1` of an MLP of this width, `ffn_hidden_size` unless told."""
         return (width or self.ffn_hidden_size) * (2 if self.gated_linear_unit else 1)
@@ -436,6 +444,43 @@ class Architecture:
         self._check_window()
         self._check_experts()
         self._check_latent_attention()
+        self._check_encoder()
+
+    def _check_encoder(self) -> None:
+        """A T5's encoder, and what only a T5 has or has not."""
+        is_t5 = self.kind == "t5"
+        self._require(
+            is_t5 == (self.encoder_num_layers >= 1),
+            "layers of an encoder that is none" if not is_t5 else "an encoder without layers",
+            "encoder_num_layers kind",
+            "at least 1 in a t5, else 0",
+        )
+        kinds = ("learned_absolute", "rope", "relative", "none")
+        self._require(
+            self.position_embedding_type in kinds
+            if is_t5
+            else self.position_embedding_type != "relative",
+            "positions of another kind of model",
+            "position_embedding_type kind",
+            "relative in a t5, alibi elsewhere",
+        )
+        self._require(
+            is_t5 or self.final_layernorm, "no norm at the end", "final_layernorm kind", "True"
+        )
+        for name in ("relative_attention_num_buckets", "relative_attention_max_distance"):
+            self._require(getattr(self, name) >= 1, "a size below one", name, "at least 1")
+        if not is_t5:
+            return
+        absent = {
+            "num_experts": None,
+            "multi_latent_attention": False,
+            "mtp_num_layers": 0,
+            "window_size": None,
+            "parallel_residual": False,
+            "embedding_norm": False,
+        }
+        for name, value in absent.items():
+            self._require(getattr(self, name) == value, "no T5 has that", name, f"{value} in a t5")
 
     def _check_experts(self) -> None:
         if self.num_experts is None:

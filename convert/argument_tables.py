@@ -31,7 +31,6 @@ _HYPER, _EXTRA_HEADS = "several residual streams", "extra heads for speculative 
 
 NEUTRAL: Mapping[str, Neutral] = {
     # model kinds
-    "decoder_num_layers": Neutral("an encoder beside the decoder: T5"),
     "export_num_eagle_layers": Neutral(_EXTRA_HEADS),
     "export_num_medusa_heads": Neutral(_EXTRA_HEADS),
     "export_num_mtp": Neutral(_EXTRA_HEADS),
@@ -120,6 +119,8 @@ SETTINGS: Mapping[str, type] = {
     **dict.fromkeys(
         "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels "
         "num_key_value_heads padded_vocab_size vocab_size max_position_embeddings "
+        "encoder_num_layers decoder_num_layers relative_attention_num_buckets "
+        "relative_attention_max_distance "
         "moe_ffn_hidden_size moe_router_topk moe_router_num_groups moe_router_group_topk "
         "moe_router_topk_limited_devices moe_shared_expert_intermediate_size "
         "q_lora_rank kv_lora_rank qk_head_dim qk_pos_emb_head_dim v_head_dim "
@@ -213,7 +214,7 @@ _TRANSFORMERS = {
 SUGGESTIONS = {theirs: ours for ours, names in _TRANSFORMERS.items() for theirs in names.split()}
 # How position_embedding_type is written: by Megatron-LM, and by BigScience's enum.
 POSITIONS = {
-    **{name: name for name in ("learned_absolute", "rope", "alibi", "none")},
+    **{name: name for name in ("learned_absolute", "rope", "alibi", "relative", "none")},
     "PositionEmbeddingType.rotary": "rope",
     "PositionEmbeddingType.absolute": "learned_absolute",
     "PositionEmbeddingType.alibi": "alibi",

@@ -50,6 +50,7 @@ from .expert_arguments import BALANCING, expert_fields, further_tokens
 from .expert_arguments import NEUTRAL as EXPERT_NEUTRAL
 from .latent_arguments import assumed, is_latent, latent_fields
 from .sizes import Sizes, read_shapes
+from .t5_arguments import Shapes, is_t5, t5_fields
 
 _UNTIED = "untie_embeddings_and_output_weights"
 _EMBEDDING_NORM_EPSILON = 1e-5
@@ -58,7 +59,11 @@ OWN = "mtt"
 
 
 def architecture_from_args(
-    args: Arguments, *, overrides: Arguments = NOTHING, legacy: bool | None = None
+    args: Arguments,
+    *,
+    overrides: Arguments = NOTHING,
+    legacy: bool | None = None,
+    shapes: Shapes | None = None,
 ) -> Architecture:
     """The architecture a checkpoint's arguments describe.
 
@@ -67,8 +72,11 @@ def architecture_from_args(
         overrides: what the user says instead, under Megatron-LM's names.
         legacy: whether the model is Megatron-LM's own GPT (up to core_v0.17) and not
             Megatron-Core's; None reads it from the arguments.
+        shapes: canonical name -> shape of the whole tensor, where a checkpoint is at hand: of a T5
+            tensors say what arguments do not.
 
     Raises:
+        IncompleteError: a T5 has not the layers that the arguments say.
         UnsupportedError: an argument that changes the forward pass has a value mtt cannot
             represent, or sizes contradict each other; all such arguments are named.
         UsageError: a needed argument is missing, cannot be trusted, or an override is not one.
@@ -81,6 +89,7 @@ def architecture_from_args(
     _require(a)
     if legacy is None:
         legacy = _is_legacy(a)
+    has_encoder = is_t5(a, shapes)
     activation, gated = _activation(a, legacy)
     biases = _or(a, "add_bias_linear", True)  # an argument since 2023-04
     layers, hidden, heads = a["num_layers"], a["hidden_size"], a["num_attention_heads"]
@@ -90,9 +99,9 @@ def architecture_from_args(
     attention = (
         latent_fields(a, heads)
         if is_latent(a)
-        else _plain_attention(a, said, hidden, heads, legacy)
+        else _plain_attention(a, said, hidden, heads, legacy, has_encoder)
     )
-    return _build(
+    fields = dict(
         num_layers=layers,
         hidden_size=hidden,
         ffn_hidden_size=ffn,
@@ -121,13 +130,18 @@ def architecture_from_args(
         **expert_fields(a, layers, ffn, legacy),
         **further_tokens(a),
     )
+    if has_encoder:
+        fields |= t5_fields(a, legacy, shapes)
+    return _build(**fields)
 
 
 def _plain_attention(
-    a: Arguments, said: Arguments, hidden: int, heads: int, legacy: bool
+    a: Arguments, said: Arguments, hidden: int, heads: int, legacy: bool, has_encoder: bool
 ) -> dict[str, object]:
     """Heads and positions of attention that is not latent."""
-    kind = _position_embedding_type(a)
+    kind = _position_embedding_type(a, has_encoder)
+    if kind == "rope" and has_encoder:
+        _ask_t5_rotary(a, said)
     rotary = _rotary(a, said, legacy) if kind == "rope" else {}
     if not _is_in(a.get("rope_type"), (None, "rope")):
         raise UnsupportedError(
@@ -275,7 +289,7 @@ def _is_legacy(a: Arguments) -> bool:
     return "deprecated_use_mcore_models" not in a
 
 
-def _position_embedding_type(a: Arguments) -> str:
+def _position_embedding_type(a: Arguments, has_encoder: bool) -> str:
     rotary = a.get("use_rotary_position_embeddings") is True
     kind = a.get("position_embedding_type")
     if kind is None:  # before core_v0.4, and Megatron-DeepSpeed
@@ -290,14 +304,24 @@ def _position_embedding_type(a: Arguments) -> str:
         return "rope" if rotary else "learned_absolute" if learned else "none"
     if rotary:  # validate_args, training/arguments.py
         return "rope"
-    if str(kind) not in POSITIONS:
+    if str(kind) not in POSITIONS or (kind == "relative" and not has_encoder):
         raise UnsupportedError(
-            "mtt does not know these positions (relative, YaRN and multimodal ones among them)",
+            "mtt does not know these positions (YaRN, multimodal, relative in a GPT among them)",
             found=f"position_embedding_type = {_show(kind)}",
             expected="learned_absolute, rope, alibi or none",
             fix="if it is one of these under another name, --set position_embedding_type=rope",
         )
     return POSITIONS[str(kind)]
+
+
+def _ask_t5_rotary(a: Arguments, said: Arguments) -> None:
+    """Ask about rotary arguments that no T5 of Megatron takes (T5Model, models/T5/t5_model.py)."""
+    who = "Megatron's T5 ignores"
+    for name, used in (("rotary_base", 10000), ("rotary_seq_len_interpolation_factor", 1)):
+        if _number(a, name, used) != used and name not in said:
+            raise _ask(a, name, used, who)
+    if a.get("use_rope_scaling") is True and "use_rope_scaling" not in said:
+        raise _ask(a, "use_rope_scaling", False, who)
 
 
 def _rotary(a: Arguments, said: Arguments, legacy: bool) -> dict[str, object]:

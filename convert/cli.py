@@ -385,7 +385,7 @@ def _convert(commands: argparse._SubParsersAction[_Parser]) -> None:
         "mtt convert /checkpoints/gpt out --all-iterations",
         "mtt convert /checkpoints/gpt out --resume     go on after an interruption",
         "mtt convert /checkpoints/gpt out --resume --part 3/8     one of eight machines",
-        "srun -n 64 mtt convert /checkpoints/gpt out --resume --part auto",
+        "mtt convert /checkpoints/gpt out --resume --part auto     under srun, torchrun, mpirun",
     )
     parser.add_argument("source", metavar="CKPT", help=_SOURCE)
     parser.add_argument(
@@ -493,7 +493,8 @@ def _verify(commands: argparse._SubParsersAction[_Parser]) -> None:
     parser.add_argument(
         "--logits",
         metavar="FILE",
-        help="an .npz with input_ids and logits to compare the model's with, in float32",
+        help="an .npz with input_ids and logits to compare the model's with, in float32; of a T5 "
+        "also decoder_input_ids",
     )
     parser.add_argument(
         "--tolerance",
@@ -515,7 +516,7 @@ def _generate(commands: argparse._SubParsersAction[_Parser]) -> None:
         'mtt generate /checkpoints/gpt --tokenizer gpt2-folder --prompt "Once upon a time"',
     )
     parser.add_argument("source", metavar="OUT_OR_CKPT", help="a converted folder or a checkpoint")
-    parser.add_argument("--prompt", required=True, help="the text to continue")
+    parser.add_argument("--prompt", required=True, help="the text to continue, or for a T5 to read")
     parser.add_argument(
         "--max-new-tokens", type=int, default=64, metavar="N", help="at most (default: 64)"
     )

@@ -157,7 +157,8 @@ def stored_tokens(checkpoint: Checkpoint) -> Mapping[str, object]:
     tokens = own.get("special_tokens") if isinstance(own, dict) else None
     if not isinstance(tokens, dict):
         return {}
-    return {n: v for n, v in tokens.items() if n in special_tokens(Tokenizer()) and _is_token(v)}
+    known = special_tokens(Tokenizer(), kind="t5")
+    return {n: v for n, v in tokens.items() if n in known and _is_token(v)}
 
 
 def _is_token(value: object) -> bool:

@@ -39,19 +39,23 @@ def config_json(
 
 
 def special_tokens(
-    tokenizer: Tokenizer, config: Mapping[str, object] = NOTHING
+    tokenizer: Tokenizer, config: Mapping[str, object] = NOTHING, kind: str = "gpt"
 ) -> dict[str, object]:
     """The special tokens as configurations spell them.
 
     Args:
         tokenizer: says which there are.
         config: `config.json` of the source, if it had one; what it says counts.
+        kind: of the model; the decoder of a `t5` begins with a token that the encoder never sees,
+            which is that for a beginning (T5MaskedWordPieceDataset in core/datasets/t5_dataset.py).
     """
-    tokens = {
+    tokens: dict[str, object] = {
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
+    if kind == "t5":
+        tokens["decoder_start_token_id"] = config.get("bos_token_id", tokenizer.bos_token_id)
     return {name: config.get(name, value) for name, value in tokens.items()}
 
 

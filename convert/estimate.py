@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .architecture import Architecture
 from .checkpoint import Layout
@@ -28,6 +28,7 @@ USABLE = 0.9
 """Part of a GPU's memory that can be filled; the rest is for CUDA, NCCL and fragmentation."""
 
 _QKV = "self_attention.linear_qkv"
+_EH_PROJ = ".eh_proj.weight"  # Megatron divides it, transformers does not
 _FLOAT32 = 4
 _DISTANCE = 12  # of two tokens: as a whole number and in float32
 
@@ -149,22 +150,38 @@ def _layouts(a: Architecture, num_gpus: int) -> Iterator[tuple[Layout, tuple[Sta
                 continue
 
 
-def num_local_parameters(model: Model, layout: Layout, stage: Stage) -> int:
+def num_local_parameters(
+    model: Model, layout: Layout, stage: Stage, num_experts: int | None = None
+) -> int:
     """Parameters that one process of a stage holds; of uneven parts the larger.
 
     Embedding and head are divided by their rows; a tied head needs the embedding on the last stage
-    too. The table of learned positions is on every process of every stage.
+    too, as do layers that predict further tokens. The table of learned positions is on every
+    process of every stage.
+
+    Args:
+        model: what is divided.
+        layout: tensor- and pipeline-parallel sizes.
+        stage: which stage.
+        num_experts: experts of a layer to count, all unless told.
     """
     a = model.architecture
-    present = {parameter for parameter in PARAMETERS if parameter.when(a)}
-    tied = not a.untie_embeddings_and_output_weights
+    count = a.num_experts or 0 if num_experts is None else num_experts
+    shares_table = not a.untie_embeddings_and_output_weights or a.mtp_num_layers > 0
     total = 0
-    for parameter in present:
-        size = _local_size(parameter, a, layout.tp)
-        if "{i}" in parameter.name:
-            total += size * len(stage.layers)
+    for parameter in PARAMETERS:
+        if not parameter.when(a):
+            continue
+        size = _local_size(parameter, a, layout.tp) * (count if parameter.of_expert else 1)
+        if parameter.name.startswith("decoder.layers."):
+            layers = sum(parameter.layers(a, layer) for layer in stage.layers)
+            if stage.last:
+                layers += a.mtp_num_layers * parameter.layers(a, a.num_layers - 1)
+            total += size * layers
+        elif parameter.name.startswith("mtp."):
+            total += size * a.mtp_num_layers if stage.last else 0
         elif parameter.name == "embedding.word_embeddings.weight":
-            total += size if stage.first or (stage.last and tied) else 0
+            total += size if stage.first or (stage.last and shares_table) else 0
         elif parameter.name.startswith("embedding.") or stage.last:
             total += size
     return total
@@ -173,7 +190,12 @@ def num_local_parameters(model: Model, layout: Layout, stage: Stage) -> int:
 def _local_size(parameter: Parameter, a: Architecture, tp: int) -> int:
     """Elements of a parameter on one tensor-parallel process."""
     shape = parameter.shape(a)
-    if parameter.split is None:
+    if (
+        not math.prod(shape)
+        or parameter.split is None
+        or parameter.may_be_whole
+        or parameter.name.endswith(_EH_PROJ)
+    ):
         return math.prod(shape)
     rows = shape[parameter.split]
     rest = math.prod(shape) // rows
@@ -190,7 +212,10 @@ def _local_groups(a: Architecture, tp: int) -> int:
 def kv_cache_bytes(
     model: Model, layout: Layout, stage: Stage, sequence_length: int, batch_size: int
 ) -> int:
-    """Keys and values of a stage's layers; a layer with a window keeps no more than it sees."""
+    """Keys and values of a stage's layers; a layer with a window keeps no more than it sees.
+
+    With latent attention, what they are made of.
+    """
     a = model.architecture
     lengths = [
         min(sequence_length, a.window_size[0])
@@ -198,8 +223,15 @@ def kv_cache_bytes(
         else sequence_length
         for layer in stage.layers
     ]
-    per_token = 2 * _local_groups(a, layout.tp) * a.kv_channels * model.itemsize
+    per_token = _cached_channels(a, layout.tp) * model.itemsize
     return per_token * batch_size * sum(lengths)
+
+
+def _cached_channels(a: Architecture, tp: int) -> int:
+    """What the cache keeps of a token in a layer; latents are whole on every process."""
+    if a.multi_latent_attention:
+        return a.kv_lora_rank + a.qk_pos_emb_head_dim
+    return 2 * _local_groups(a, tp) * a.kv_channels
 
 
 def activation_bytes(
@@ -216,26 +248,48 @@ def activation_bytes(
     a, tp, itemsize = model.architecture, layout.tp, model.itemsize
     tokens = sequence_length * batch_size
     cast = itemsize if itemsize < _FLOAT32 else 0
-    heads = a.num_attention_heads // tp * a.kv_channels
-    groups = _local_groups(a, tp) * a.kv_channels
-    channels = 2 * heads + 4 * groups
-    if a.position_embedding_type == "rope":
-        channels += 2 * heads + 2 * groups + 2 * a.kv_channels
-    attention = channels * tokens * itemsize
+    attention = _attention_channels(a, tp) * tokens * itemsize
     if a.position_embedding_type == "alibi":
         pairs = a.num_attention_heads // tp * sequence_length**2
         copies = batch_size if batch_size > 1 else 0
         attention += pairs * (_FLOAT32 + cast + copies * itemsize)
         attention += sequence_length**2 * _DISTANCE
-    mlp = a.ffn_hidden_size // tp * (3 if a.gated_linear_unit else 2) * tokens * itemsize
+    mlp = _mlp_channels(a, tp) * tokens * itemsize
     # What tensor-parallel processes add up is held more than once.
     streams = 4 if tp == 1 else 7
     layer = streams * a.hidden_size * tokens * itemsize + max(attention, mlp)
     rows = a.vocab_size or a.padded_vocab_size
     logits = batch_size * rows * (2 * _FLOAT32 + cast)
-    whole = 2 * groups * tokens * itemsize
+    whole = _cached_channels(a, tp) * tokens * itemsize
     kept = kv_cache_bytes(model, layout, stage, sequence_length, batch_size)
     return max(layer, logits) + whole + whole * len(stage.layers) - kept
+
+
+def _attention_channels(a: Architecture, tp: int) -> int:
+    """Numbers per token that live at once in attention."""
+    count = a.num_attention_heads // tp
+    heads = count * a.kv_channels
+    if a.multi_latent_attention:
+        # Queries and keys before and after their parts are put together, values and what they were
+        # made with, and padded to the size of keys; the latents.
+        values = count * (a.qk_head_dim + a.v_head_dim)
+        return 5 * heads + values + (a.q_lora_rank or 0) + 2 * _cached_channels(a, tp)
+    groups = _local_groups(a, tp) * a.kv_channels
+    channels = 2 * heads + 4 * groups
+    if a.position_embedding_type == "rope":
+        channels += 2 * heads + 2 * groups + 2 * a.kv_channels
+    return channels
+
+
+def _mlp_channels(a: Architecture, tp: int) -> int:
+    """Numbers per token that live at once in an MLP, or in the experts that a token goes to."""
+    kinds = 3 if a.gated_linear_unit else 2
+    dense = a.ffn_hidden_size // tp * kinds if not all(a.moe_layers) else 0
+    if a.num_experts is None:
+        return dense
+    # A row for each expert of a token, going in and coming out.
+    rows = a.moe_router_topk * (a.moe_ffn_hidden_size // tp * kinds + 2 * a.hidden_size)
+    return max(dense, rows)
 
 
 def bytes_read_per_token(
@@ -243,10 +297,13 @@ def bytes_read_per_token(
 ) -> int:
     """What one process of a stage must read from memory to make one token of each prompt.
 
-    All weights but the rows of the tables that are looked up, and the whole KV cache.
+    All weights but the rows of the tables that are looked up, and the whole KV cache. Of experts,
+    as many as one prompt's token goes to: several may go to the same. Layers that predict further
+    tokens are not needed.
     """
+    model = replace(model, architecture=replace(model.architecture, mtp_num_layers=0))
     a = model.architecture
-    weights = num_local_parameters(model, layout, stage)
+    weights = num_local_parameters(model, layout, stage, a.moe_router_topk if a.num_experts else 0)
     if a.has_position_table:
         weights -= a.max_position_embeddings * a.hidden_size
     tied = not a.untie_embeddings_and_output_weights

@@ -25,8 +25,17 @@ from typing import Protocol
 from .ahead import ahead
 from .casting import cast_window
 from .manifest import new_hasher
+from .page_cache import is_filled_by
 from .plan import ConversionPlan, PlannedFile, PlannedTensor
-from .reading import FileReader, columns, neighbours, stream, stream_together
+from .reading import (
+    WINDOW_BYTES,
+    FileReader,
+    columns,
+    neighbours,
+    stream,
+    stream_together,
+    window_size,
+)
 
 _AHEAD = 4
 Progress = Callable[[int, int], None]
@@ -78,8 +87,11 @@ def run(
         if not file.tensors:
             sink.file_done(file)
     num_workers = min(num_workers, plan.num_tensors)
-    depth = _AHEAD if num_workers < num_cores() else 0
-    job = _Job(_queue(plan, file_by_file), sink, algorithm, progress, depth)
+    job = _Job(_queue(plan, file_by_file), sink, algorithm, progress)
+    job.gives_back = is_filled_by(plan.num_bytes)
+    if num_workers < num_cores():
+        sizes = (window_size(t.source) for file in plan.files for t in file.tensors)
+        job.depth = _AHEAD if max(sizes, default=0) <= WINDOW_BYTES else 1
     if num_workers <= 1:
         job.work()
         return
@@ -167,19 +179,22 @@ class _Step:
 
 
 class _Job:
-    """State that the workers of one run share."""
+    """State that the workers of one run share.
+
+    Attributes:
+        depth: windows that each worker reads ahead.
+        gives_back: whether what was read is not to stay in the system's cache.
+    """
+
+    depth = 0
+    gives_back = False
 
     def __init__(
-        self,
-        waiting: deque[_Entry],
-        sink: Sink,
-        algorithm: str,
-        progress: Progress | None,
-        depth: int,
+        self, waiting: deque[_Entry], sink: Sink, algorithm: str, progress: Progress | None
     ) -> None:
         self._sink, self._algorithm, self._progress = sink, algorithm, progress
         self._lock = threading.Lock()
-        self._waiting, self._depth = waiting, depth
+        self._waiting = waiting
         self._busy: Counter[int] = Counter()
         tensors = [item for entry in waiting for unit in entry.units for item in unit]
         self._left = Counter(file.name for file, _ in tensors)
@@ -192,9 +207,9 @@ class _Job:
 
     def work(self) -> None:
         """Copy tensors until there are none left."""
-        with FileReader(num_windows=1 + self._depth) as reader:
+        with FileReader(1 + self.depth, gives_back=self.gives_back) as reader:
             steps = self._steps(reader)
-            with closing(ahead(steps, self._depth) if self._depth else steps) as steps:
+            with closing(ahead(steps, self.depth) if self.depth else steps) as steps:
                 try:
                     for step in steps:
                         self._write(step)

@@ -25,6 +25,8 @@ from .plan import ConversionPlan, parse_size
 from .tokenizer import Tokenizer
 
 AUTO, DEFAULT = "auto", "mtt"
+# The family of each kind of model that computes all of them.
+_DEFAULTS = {"gpt": DEFAULT, "t5": "mtt_seq2seq"}
 # What every class keeps in float32 in a model of another type.
 _NOT_CAST = (EXPERTS.bias,)
 
@@ -70,7 +72,9 @@ def plan_conversion(
     files, index = plan_files(tensors, dtype, parse_size(max_shard_size), kept=_NOT_CAST)
     fields = family.config(architecture)
     stored = main_dtype(tensors) if dtype == "auto" else dtype
-    tokens = special_tokens(words, checkpoint.config or stored_tokens(checkpoint))
+    tokens = special_tokens(
+        words, checkpoint.config or stored_tokens(checkpoint), architecture.kind
+    )
     documents = {
         **modeling_files(family),
         **words.files,
@@ -104,14 +108,17 @@ def _family(model_type: str, architecture: Architecture, exact: tuple[str, ...])
     Raises:
         UsageError: the one asked for does not compute the same function.
     """
+    default = _DEFAULTS.get(architecture.kind, DEFAULT)
+    if model_type == DEFAULT:
+        model_type = default
     if model_type == AUTO:
         able = [FAMILIES[name] for name in exact]
         able = [f for f in able if f.has_tp_plan and f.has_attention_backends]
-        return able[0] if able else FAMILIES[DEFAULT]
+        return able[0] if able else FAMILIES[default]
     family = FAMILIES[model_type]
     misfits = () if family.code else family.misfits(architecture)
     if misfits:
-        others = f"--model-type {exact[0] if exact else DEFAULT}, which computes exactly the same"
+        others = f"--model-type {exact[0] if exact else default}, which computes exactly the same"
         if all(text.startswith("mtp_num_layers") for text in misfits):
             others = f"--drop-mtp leaves out the layers that predict further tokens; or {others}"
         raise UsageError(

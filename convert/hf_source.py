@@ -236,11 +236,11 @@ def _check_complete(
         CorruptError: a shape contradicts the configuration.
     """
     fix = "copy the folder again, or correct config.json if it belongs to another model"
-    if architecture.num_layers > len(tensors):
+    if architecture.num_layers + architecture.encoder_num_layers > len(tensors):
         raise IncompleteError(
             "layers are missing; nothing was written",
             found=f"{len(tensors)} tensors",
-            expected=f"those of {architecture.num_layers} layers",
+            expected=f"those of {parameters.layers_text(architecture)}",
             fix=fix,
         )
     blank = {
@@ -259,7 +259,7 @@ def _check_complete(
         raise MappingError(
             f"{len(extra)} tensors do not belong to the model config.json describes",
             found=shorten(extra),
-            expected=f"the {len(wanted)} tensors of {architecture.num_layers} layers",
+            expected=f"the {len(wanted)} tensors of {parameters.layers_text(architecture)}",
             fix=f"{fix}; --skip-key NAME leaves out what is no part of the model",
         )
     for name, shape in wanted.items():

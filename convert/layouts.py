@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from .architecture import Architecture
 from .checkpoint import Layout
 from .errors import LayoutError
+from .t5_arguments import check_stages
 
 _MOST_RANKS = 100_000
 _MOST_NAMED = 12
@@ -49,6 +50,7 @@ def plan_stages(
         LayoutError: the model cannot be divided like this; sizes that can are named.
     """
     _check_sizes(architecture, layout)
+    check_stages(architecture, layout.pp, layout.vpp, pipeline_layout)
     if pipeline_layout is not None:
         counts = _parse(pipeline_layout, architecture, layout.pp)
     else:

@@ -13,6 +13,7 @@ from .documents import generation_config
 from .dropping import without_mtp
 from .errors import MTTError, UsageError
 from .execute import Progress, run
+from .in_memory import with_experts_together
 from .pipeline import open_checkpoint, plan_conversion
 from .plan import PlannedFile, PlannedTensor
 from .sharding import check_layout, compare_together, local_plan, placed
@@ -20,7 +21,7 @@ from .sharding import check_layout, compare_together, local_plan, placed
 if TYPE_CHECKING:
     import torch
 
-    from modeling_mtt import MTTForCausalLM
+    from modeling_mtt import MTTForCausalLM, MTTForConditionalGeneration
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -75,8 +76,10 @@ def from_megatron(
     num_workers: int = 1,
     progress: Progress | None = None,
     **kwargs: Any,
-) -> MTTForCausalLM:
+) -> MTTForCausalLM | MTTForConditionalGeneration:
     """Load a Megatron checkpoint as a `MTTForCausalLM` without writing a file.
+
+    A T5 becomes a `MTTForConditionalGeneration`.
 
     With `tp_size` or `pp_size` it is called by every process that torchrun started, reads only
     what its process holds, and gives what `from_pretrained` with a `DistributedConfig` would.
@@ -89,22 +92,20 @@ def from_megatron(
         drop_mtp: leave out layers that predict further tokens.
         num_workers: threads that read.
         progress: called with (bytes done, bytes in all).
-        kwargs: fields of `MTTConfig` to replace, or `attn_implementation`.
+        kwargs: fields of the configuration to replace, or `attn_implementation`.
 
     Raises:
         SourceError, UsageError: see `open_checkpoint` and `plan_conversion`.
         LayoutError: the model cannot be cut into such parts.
-        TypeError: a keyword is no field of `MTTConfig`.
+        TypeError: a keyword is no field of the configuration.
     """
     from accelerate import init_empty_weights
     from transformers import GenerationConfig
     from transformers.distributed import DistributedConfig
 
-    from modeling_mtt import MTTConfig, MTTForCausalLM
+    from modeling_mtt import MTTConfig, MTTSeq2SeqConfig
 
-    known = {field.name for field in dataclasses.fields(MTTConfig)} | {"attn_implementation"}
-    if unknown := sorted(set(kwargs) - known):
-        raise TypeError(f"from_megatron() got unexpected keywords: {', '.join(unknown)}")
+    _check_keywords(kwargs, MTTConfig, MTTSeq2SeqConfig)
     if num_workers < 1:
         raise UsageError("no workers", found=str(num_workers), expected="at least 1")
     replicas.check_choice(replicated)
@@ -121,31 +122,49 @@ def from_megatron(
         checkpoint, dtype=dtype, vocab_padding=vocab_padding, tokenizer=tokenizer
     )
     fields = {**conversion.config, **conversion.tokens, "dtype": conversion.dtype, **kwargs}
-    config = MTTConfig(**fields)
+    config_class, model_class = _classes(conversion.model_type)
+    _check_keywords(kwargs, config_class)
+    config = config_class(**fields)
     check_layout(config, tp_size, pp_size)
     distributed = tp_size * pp_size > 1
     layout = DistributedConfig(tp_size=tp_size, pp_size=pp_size) if distributed else None
-    _, device, mesh = MTTForCausalLM.prepare_distribute_model(layout)
+    _, device, mesh = model_class.prepare_distribute_model(layout)
     compare = compare_together if distributed else replicas.compare
     for warning in compare(conversion.plan.replicas, policy):
         _LOGGER.warning(warning)
     with init_empty_weights(include_buffers=False):
-        model = MTTForCausalLM(config)
-    plan = conversion.plan
+        model = model_class(config)
+    plan = with_experts_together(conversion.plan)
     if distributed:
-        model = MTTForCausalLM.maybe_distribute_model(model, layout, mesh)
+        model = model_class.maybe_distribute_model(model, layout, mesh)
         plan = local_plan(plan, model)
     sink = TensorSink()
     run(plan, sink, num_workers=num_workers, algorithm="none", progress=progress)
     tensors = placed(sink.tensors, model, device) if distributed else sink.tensors
     missing, unexpected = model.load_state_dict(tensors, strict=False, assign=True)
-    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
-    if unexpected or set(missing) - tied:
+    if unexpected or set(missing) - set(model.all_tied_weights_keys):
         raise MTTError(f"the model and the plan disagree: {sorted(missing)} {unexpected}")
     # A pipeline stage that has no head has nothing to tie.
     model.tie_weights(recompute_mapping=False)
     if distributed:
         model.to(device)  # buffers
     model.generation_config = GenerationConfig(**generation_config(conversion.tokens))
-    model.eval()
-    return model
+    loaded: MTTForCausalLM | MTTForConditionalGeneration = model.eval()
+    return loaded
+
+
+def _classes(model_type: str) -> tuple[Any, Any]:
+    """Configuration and model of one of our families."""
+    import modeling_mtt as m
+
+    if model_type == "mtt_seq2seq":
+        return m.MTTSeq2SeqConfig, m.MTTForConditionalGeneration
+    assert model_type == "mtt", model_type
+    return m.MTTConfig, m.MTTForCausalLM
+
+
+def _check_keywords(kwargs: Mapping[str, object], *classes: Any) -> None:
+    """Raise TypeError for a keyword that is no field of any of these configurations."""
+    known = {field.name for one in classes for field in dataclasses.fields(one)}
+    if unknown := sorted(set(kwargs) - known - {"attn_implementation"}):
+        raise TypeError(f"from_megatron() got unexpected keywords: {', '.join(unknown)}")

@@ -7,6 +7,7 @@ import zipfile
 import zlib
 from typing import TYPE_CHECKING
 
+from . import seq2seq
 from .errors import CorruptError, SourceError, UsageError
 from .families import FAMILIES
 from .formats import hf_safetensors
@@ -17,6 +18,9 @@ from .sources import is_remote
 if TYPE_CHECKING:
     import numpy as np
     from transformers import PreTrainedModel
+
+_IDS, _DECODER_IDS = "input_ids", "decoder_input_ids"
+_OPTIONAL = (_DECODER_IDS, *seq2seq.MASKS)
 
 
 def load_model(
@@ -33,19 +37,23 @@ def load_model(
     path = os.fspath(path)
     if is_remote(path) or not (os.path.isdir(path) and hf_safetensors.holds_model(path)):
         return from_megatron(path, dtype=dtype, tp_size=tp_size, pp_size=pp_size)
-    from transformers import AutoConfig, AutoModelForCausalLM
+    import transformers
+    from transformers import AutoConfig
     from transformers.distributed import DistributedConfig
 
-    from modeling_mtt import MTTConfig
+    from modeling_mtt import MTTConfig, MTTSeq2SeqConfig
 
     options: dict[str, object] = {"trust_remote_code": False, "local_files_only": True}
     if tp_size * pp_size > 1:
         options["distributed_config"] = DistributedConfig(tp_size=tp_size, pp_size=pp_size)
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
-        if isinstance(config, MTTConfig):
+        if isinstance(config, (MTTConfig, MTTSeq2SeqConfig)):
             check_layout(config, tp_size, pp_size)
-        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **options).eval()
+        family = FAMILIES.get(config.model_type)
+        name = family.auto_class if family else "AutoModelForCausalLM"
+        auto_class = getattr(transformers, name)
+        return auto_class.from_pretrained(path, dtype=dtype, **options).eval()
     except UsageError:
         raise
     except Exception as error:  # a broken config.json may raise anything
@@ -75,7 +83,9 @@ def compare_logits(path: str | os.PathLike[str], reference: str | os.PathLike[st
     Args:
         path: a converted folder or a Megatron checkpoint.
         reference: an .npz with `input_ids` [batch, sequence] and `logits` or `logits_fp32`
-            [batch, sequence, vocabulary]; columns that only one side has are padding.
+            [batch, sequence, vocabulary]; columns that only one side has are padding. With
+            `decoder_input_ids` [batch, decoder sequence], and logits of these, for an
+            encoder-decoder (see `seq2seq.logits` for masks).
 
     Raises:
         CorruptError: the reference does not have these arrays in these shapes, or its tokens are
@@ -86,27 +96,40 @@ def compare_logits(path: str | os.PathLike[str], reference: str | os.PathLike[st
     import torch
 
     path, reference = os.fspath(path), os.fspath(reference)
-    input_ids, wanted = _read_reference(reference)
+    arrays, wanted = _read_reference(reference)
     model = load_model(path, dtype="float32")
     rows, limit = model.config.vocab_size, position_limit(model)
-    if input_ids.min() < 0 or input_ids.max() >= rows:
-        raise _unfit(reference, f"ids {input_ids.min()} to {input_ids.max()}", f"0 to {rows - 1}")
-    if limit is not None and input_ids.shape[1] > limit:
-        raise _unfit(reference, f"{input_ids.shape[1]} tokens", f"at most {limit} positions")
-    with torch.no_grad():
-        logits = model(torch.from_numpy(input_ids.astype(np.int64))).logits.float().numpy()
+    if (_DECODER_IDS in arrays) != seq2seq.is_seq2seq(model):
+        raise _unfit(
+            reference,
+            f"{', '.join(arrays)} for a {type(model).__name__}",
+            f"{_DECODER_IDS} for an encoder-decoder, and for no other model",
+        )
+    for name in (_IDS, _DECODER_IDS):
+        ids = arrays.get(name, arrays[_IDS])
+        if ids.min() < 0 or ids.max() >= rows:
+            raise _unfit(reference, f"ids {ids.min()} to {ids.max()}", f"0 to {rows - 1}")
+        if limit is not None and ids.shape[1] > limit:
+            raise _unfit(reference, f"{ids.shape[1]} tokens", f"at most {limit} positions")
+    if _DECODER_IDS in arrays:
+        logits = seq2seq.logits(model, arrays).float().numpy()
+    else:
+        with torch.no_grad():
+            tokens = torch.from_numpy(arrays[_IDS].astype(np.int64))
+            logits = model(tokens).logits.float().numpy()
     size = min(logits.shape[-1], wanted.shape[-1])
     return float(np.abs(logits[..., :size] - wanted[..., :size]).max())
 
 
-def _read_reference(path: str) -> tuple[np.ndarray, np.ndarray]:
-    """`input_ids` and logits of a reference, once they fit each other."""
+def _read_reference(path: str) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Ids, masks, and the logits of a reference, once they fit each other."""
     import numpy as np
 
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            input_ids = arrays["input_ids"]
-            wanted = arrays["logits_fp32" if "logits_fp32" in arrays else "logits"]
+        with np.load(path, allow_pickle=False) as stored:
+            given = {name: stored[name] for name in _OPTIONAL if name in stored}
+            arrays = {_IDS: stored[_IDS], **given}
+            wanted = stored["logits_fp32" if "logits_fp32" in stored else "logits"]
     except OSError as error:
         raise SourceError(f"{path} cannot be read", found=str(error)) from error
     except (
@@ -117,14 +140,24 @@ def _read_reference(path: str) -> tuple[np.ndarray, np.ndarray]:
             found=str(error),
             expected="an .npz with input_ids and logits",
         ) from error
-    if input_ids.dtype.kind not in "iu" or wanted.dtype.kind != "f":
-        raise _unfit(path, f"{input_ids.dtype} and {wanted.dtype}", "integers and floats")
-    if input_ids.ndim != 2 or not input_ids.size:
-        raise _unfit(path, f"input_ids of shape {list(input_ids.shape)}", "[batch, sequence]")
-    if wanted.ndim != 3 or wanted.shape[:2] != input_ids.shape or not wanted.size:
-        shape = ", ".join(map(str, input_ids.shape))
+    last = arrays.get(_DECODER_IDS, arrays[_IDS])
+    for ids in (arrays[_IDS], last):
+        if ids.dtype.kind not in "iu" or wanted.dtype.kind != "f":
+            raise _unfit(path, f"{ids.dtype} and {wanted.dtype}", "integers and floats")
+        if ids.ndim != 2 or not ids.size:
+            raise _unfit(path, f"input_ids of shape {list(ids.shape)}", "[batch, sequence]")
+    if wanted.ndim != 3 or wanted.shape[:2] != last.shape or not wanted.size:
+        shape = ", ".join(map(str, last.shape))
         raise _unfit(path, f"logits of shape {list(wanted.shape)}", f"[{shape}, vocabulary]")
-    return input_ids, wanted
+    for name in (_DECODER_IDS, *seq2seq.MASKS):
+        other = arrays.get(name, arrays[_IDS])
+        fits = len(other) == len(arrays[_IDS]) and (
+            name == _DECODER_IDS or other.shape == arrays[_IDS].shape
+        )
+        if not fits or other.dtype.kind not in "iufb":
+            shapes = f"{list(other.shape)} beside input_ids of shape {list(arrays[_IDS].shape)}"
+            raise _unfit(path, f"{name} of shape {shapes}", "rows of the same texts")
+    return arrays, wanted
 
 
 def _unfit(path: str, found: str, expected: str) -> CorruptError:

@@ -150,6 +150,8 @@ def _check(manifest: Any) -> None:
     for entry in manifest["files"].values():
         if not isinstance(entry["bytes"], int) or not isinstance(entry["header"], str):
             raise TypeError(f"a file of {entry['bytes']!r} bytes")
+        if entry["status"] not in ("pending", "complete"):
+            raise ValueError(f"a file of status {entry['status']!r}")
         entry["tensors"].items()
         for offset, size, dtype in entry.get("places", {}).values():
             if not (0 <= offset <= offset + size <= entry["bytes"]) or dtype not in DTYPES:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from math import lcm
 
 from . import expert_arguments, latent_arguments
+from . import tokenizer_wordpiece as wordpiece
 from .architecture import Architecture
 from .argument_tables import FOREIGN, NEUTRAL, RENAMED, SETTINGS
 from .arguments import OWN, architecture_from_args, is_neutral
@@ -21,14 +22,20 @@ from .checkpoint import Layout
 from .dtypes import DTYPES, DType
 from .errors import UnsupportedError
 from .experts import GROUPED, SEQUENTIAL, TE_GROUPED
+from .t5_arguments import (
+    check_writable,
+    ignored_by_trainer,
+    sequence_arguments,
+    stored_layers,
+)
 
 # Stored as they are in the architecture.
 _SAME = (
-    "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels "
+    "hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels "
     "padded_vocab_size max_position_embeddings position_embedding_type rotary_percent "
     "normalization layernorm_epsilon layernorm_zero_centered_gamma add_bias_linear add_qkv_bias "
     "qk_layernorm untie_embeddings_and_output_weights attention_dropout hidden_dropout "
-    "init_method_std"
+    "init_method_std relative_attention_num_buckets relative_attention_max_distance"
 ).split()
 _DEFAULT_ROPE_SCALING_FACTOR = 8.0
 # pretrain_gpt.py accepts these and builds the model without them (see arguments.py).
@@ -91,8 +98,10 @@ def model_arguments(a: Architecture) -> dict[str, object]:
     Raises:
         UnsupportedError: the model computes something that they cannot say.
     """
+    check_writable(a)
     gelu_tanh, kind = a.activation == "gelu_tanh", a.position_embedding_type
     arguments: dict[str, object] = {
+        **stored_layers(a),
         **{name: getattr(a, name) for name in _SAME},
         # Megatron-Core has no ALiBi: `_check` will say so.
         "position_embedding_type": "none" if kind == "alibi" else kind,
@@ -122,7 +131,10 @@ def model_arguments(a: Architecture) -> dict[str, object]:
         "vocab_size": a.vocab_size,
         "certain": [name for name in _IGNORED_BY_PRETRAIN_GPT if _is_used(a, name)],
     }
-    _check(a, architecture_from_args({**arguments, "params_dtype": a.params_dtype}))
+    # A T5's norms after the last layers are no argument: see `t5_arguments.py`.
+    impl = "transformer_engine" if a.final_layernorm else "local"
+    rest = {"params_dtype": a.params_dtype, "transformer_impl": impl}
+    _check(a, architecture_from_args({**arguments, **rest}))
     return arguments
 
 
@@ -172,12 +184,16 @@ def _check(wanted: Architecture, said: Architecture) -> None:
 
 def ignored_by_training(a: Architecture) -> list[str]:
     """Warnings about what Megatron-LM's own training script would not use."""
-    return [
-        f"Megatron-LM's pretrain_gpt.py ignores {name} ({getattr(a, name):g}) {when}: "
-        "train with a script that passes it to the model"
-        for name, (_, when) in _IGNORED_BY_PRETRAIN_GPT.items()
-        if _is_used(a, name)
-    ] + latent_arguments.ignored_by_training(a)
+    return (
+        ignored_by_trainer(a)
+        + [
+            f"Megatron-LM's pretrain_gpt.py ignores {name} ({getattr(a, name):g}) {when}: "
+            "train with a script that passes it to the model"
+            for name, (_, when) in _IGNORED_BY_PRETRAIN_GPT.items()
+            if _is_used(a, name)
+        ]
+        + latent_arguments.ignored_by_training(a)
+    )
 
 
 def layout_arguments(a: Architecture, target: Target, rank: int) -> dict[str, object]:
@@ -236,10 +252,14 @@ def _is_plain(value: object) -> bool:
     return value is None or isinstance(value, (bool, int, float, str, DType))
 
 
-def precision_arguments(dtype: str, seq_length: object, a: Architecture) -> dict[str, object]:
-    """The arguments for the dtype the weights are written in."""
-    length = seq_length if isinstance(seq_length, int) else a.max_position_embeddings
+def precision_arguments(
+    dtype: str, args: Mapping[str, object], a: Architecture
+) -> dict[str, object]:
+    """The arguments for the dtype the weights are written in, and for lengths of texts."""
+    given = args.get("seq_length")
+    length = given if isinstance(given, int) else a.max_position_embeddings
     return {
+        **sequence_arguments(args, length, a),
         "params_dtype": DTYPES[dtype],
         "fp16": dtype == "float16",
         "bf16": dtype == "bfloat16",
@@ -291,9 +311,26 @@ _LATENT_VALUES = (
 ).split()
 
 
+# Of a T5 these stand for two each.
+_T5_VALUES = {
+    "num_layers": ("encoder_num_layers", "decoder_num_layers"),
+    "seq_length": ("encoder_seq_length", "decoder_seq_length"),
+}
+_RELATIVE_VALUES = ("relative_attention_num_buckets", "relative_attention_max_distance")
+
+
+def trainer(args: Mapping[str, object]) -> str:
+    """Megatron-LM's script that trains the model of stored arguments."""
+    return "pretrain_gpt.py" if args["decoder_num_layers"] is None else "pretrain_t5.py"
+
+
 def launch_flags(args: Mapping[str, object]) -> list[list[str]]:
-    """Command-line flags of pretrain_gpt.py that rebuild the model of stored arguments."""
-    flags = [[_flag(name), _text(args[name])] for name in _VALUES]
+    """Command-line flags of `trainer` that rebuild the model of stored arguments."""
+    pairs = {} if args["decoder_num_layers"] is None else _T5_VALUES
+    names = [name for value in _VALUES for name in pairs.get(value, (value,))]
+    flags = [[_flag(name), _text(args[name])] for name in names]
+    if args["position_embedding_type"] == "relative":
+        flags += [[_flag(name), _text(args[name])] for name in _RELATIVE_VALUES]
     flags += [["--norm-epsilon", _text(args["layernorm_epsilon"])]]
     if args["group_query_attention"]:
         flags += [["--num-query-groups", _text(args["num_query_groups"])]]
@@ -350,7 +387,12 @@ def launch_script(
         version: mtt's.
     """
     flags = quoted_flags(launch_flags(args))
-    if tokenizer_folder is not None:
+    if tokenizer_folder is not None and args["tokenizer_type"] in wordpiece.CASES:
+        flags.append(
+            f'--tokenizer-type {args["tokenizer_type"]} --vocab-file "$HERE/{args["vocab_file"]}" '
+            f"--vocab-extra-ids {args['vocab_extra_ids']}"
+        )
+    elif tokenizer_folder is not None:
         flags.append(
             f'--tokenizer-type HuggingFaceTokenizer --tokenizer-model "$HERE/{tokenizer_folder}"'
         )
@@ -363,7 +405,7 @@ def launch_script(
 # The arguments with which Megatron-LM rebuilds the model in this folder, written by mtt {version}.
 #
 #     source megatron_args.sh
-#     torchrun --nproc-per-node {world} pretrain_gpt.py "${{MEGATRON_ARGS[@]}}" --data-path ...
+#     torchrun --nproc-per-node {world} {trainer(args)} "${{MEGATRON_ARGS[@]}}" --data-path ...
 #
 # There is no optimizer state: training begins with a fresh optimizer.
 HERE="$(cd "$(dirname "${{BASH_SOURCE[0]}}")" && pwd)"

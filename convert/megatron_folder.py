@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from . import experts, topology
+from . import tokenizer_wordpiece as wordpiece
 from .architecture import Architecture
 from .arguments import OWN
 from .checkpoint import Checkpoint, Layout
@@ -48,8 +49,9 @@ from .megatron_args import (
     precision_arguments,
 )
 from .ops import resize_rows
-from .parameters import VOCABULARY
+from .parameters import COPIES, FLOAT32, VOCABULARY
 from .plan import ConversionPlan, parse_size
+from .t5_arguments import writable_impl
 from .tensors import LazyTensor
 from .tokenizer import Tokenizer
 from .version import __version__
@@ -101,7 +103,7 @@ def plan_conversion(
     _check_choices(transformer_impl, make_vocab_size_divisible_by)
     if pipeline_model_parallel_layout is not None:
         vpp = _chunks_of(pipeline_model_parallel_layout, pp, vpp)
-    impl = transformer_impl or _source_impl(checkpoint)
+    impl = writable_impl(checkpoint.architecture, transformer_impl, _source_impl(checkpoint))
     layout = Layout(tp, pp, 1 if vpp is None else vpp, ep, etp)
     _check_parts(checkpoint.architecture, layout, to, impl)
     target = Target(
@@ -116,7 +118,9 @@ def plan_conversion(
     warnings = list(checkpoint.warnings)
     words = choose_tokenizer(checkpoint, tokenizer)
     true_size = true_vocabulary(checkpoint, words, vocab_padding, warnings)
-    tokens = special_tokens(words, checkpoint.config or stored_tokens(checkpoint))
+    tokens = special_tokens(
+        words, checkpoint.config or stored_tokens(checkpoint), checkpoint.architecture.kind
+    )
     rows = stored_rows(checkpoint)
     needed = rows if vocab_padding == "keep" or true_size is None else true_size
     padded = target.padded_vocab_size(needed)
@@ -133,6 +137,8 @@ def plan_conversion(
     args[OWN] = {**_own(args), "rows": min(rows, padded), "special_tokens": tokens}
     trained = checkpoint.iteration is not None and checkpoint.iteration >= 0
     folder = f"iter_{checkpoint.iteration:07d}" if trained else "release"
+    if architecture.kind == "t5":
+        tensors |= {name: tensors[first] for name, first in COPIES.items() if first in tensors}
     writer = _Writer(target, architecture, stages, tensors, args, dtype)
     iteration = (checkpoint.iteration or 0) if trained else 0
     if to == "torch":
@@ -143,7 +149,7 @@ def plan_conversion(
             folder,
             writer.chunks(),
             Stacking(
-                architecture.num_layers if len(set(architecture.moe_layers)) == 1 else None,
+                None if len(set(architecture.moe_layers)) > 1 else _num_layers(architecture),
                 architecture.num_experts or 1,
             ),
             writer.common(iteration),
@@ -254,11 +260,17 @@ def _arguments(
     """Megatron's arguments, but for those of the layout."""
     args = carried_arguments(checkpoint.args)
     args |= model_arguments(architecture)
-    args |= precision_arguments(dtype, checkpoint.args.get("seq_length"), architecture)
+    args |= precision_arguments(dtype, checkpoint.args, architecture)
     if words.files:
         args |= {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": _TOKENIZER}
         args |= {"vocab_file": None, "merge_file": None}
+        if own := wordpiece.megatron_arguments(words.files):
+            args |= {**own, "vocab_file": f"{_TOKENIZER}/{wordpiece.FILE}"}
     return args
+
+
+def _num_layers(a: Architecture) -> dict[str, int]:
+    return {"encoder": a.encoder_num_layers, "decoder": a.num_layers}
 
 
 def _own(args: Mapping[str, object]) -> dict[str, object]:
@@ -288,7 +300,8 @@ class _Writer:
         self._tensors, self._args, self._dtype = tensors, args, dtype
         dialect = WRITABLE[target.transformer_impl]
         self._names: RuleTable = dialect.RULES.inverse
-        self._modules: Modules = dialect.MODULES
+        is_t5 = architecture.kind == "t5"
+        self._modules: Modules = dialect.T5_MODULES if is_t5 else dialect.MODULES
         self._num_local = (architecture.num_experts or 0) // target.layout.ep
         self._of_stage = {
             (stage, ep): [name for name in names if self._has(name, ep)]
@@ -419,4 +432,6 @@ class _Writer:
 
     def _weight(self, name: str, part: LazyTensor) -> Weight:
         dtype = part.dtype if self._dtype == "auto" else DTYPES[self._dtype]
+        if name.endswith(FLOAT32):
+            dtype = DTYPES["float32"]
         return Weight(name, part, dtype)

@@ -4,6 +4,7 @@ Ops rearrange metadata only. Shapes are written as in Megatron-Core's QKV code
 (megatron/core/transformer/attention.py): g query groups, r query heads per group, d channels.
 
     linear_qkv rows      [g, (r queries, 1 key, 1 value), d]
+    linear_kv rows       [g, (1 key, 1 value), d]
     q_proj, k_proj rows  [g * r * d], [g * d]
     linear_fc1 rows      [gate | up], each ffn rows, when the MLP is gated
 """
@@ -78,6 +79,41 @@ class MergeQKV:
         groups, per_group, channels = _qkv(architecture)
         heads = (per_group, 1, 1)
         parts = [t.unflatten(0, groups, n, channels) for t, n in zip(tensors, heads, strict=True)]
+        return (concat(parts, axis=1).flatten(0, 3),)
+
+
+@dataclass(frozen=True)
+class SplitKV:
+    """`linear_kv` of cross attention, a key and a value after another -> k, v (weight or bias).
+
+    (Source: CrossAttention.get_query_key_value_tensors, transformer/attention.py.)
+    """
+
+    @property
+    def inverse(self) -> Op:
+        """Interleave again."""
+        return MergeKV()
+
+    def apply(self, tensors: Tensors, architecture: Architecture) -> Tensors:
+        """One tensor [g * 2 * d, ...] -> [g * d, ...], [g * d, ...]."""
+        groups, _, channels = _qkv(architecture)
+        rows = tensors[0].unflatten(0, groups, 2, channels)
+        return (rows.narrow(1, 0, 1).flatten(0, 3), rows.narrow(1, 1, 1).flatten(0, 3))
+
+
+@dataclass(frozen=True)
+class MergeKV:
+    """k, v -> `linear_kv`."""
+
+    @property
+    def inverse(self) -> Op:
+        """Take apart again."""
+        return SplitKV()
+
+    def apply(self, tensors: Tensors, architecture: Architecture) -> Tensors:
+        """The two tensors of `SplitKV` -> one."""
+        groups, _, channels = _qkv(architecture)
+        parts = [tensor.unflatten(0, groups, 1, channels) for tensor in tensors]
         return (concat(parts, axis=1).flatten(0, 3),)
 
 

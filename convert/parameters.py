@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from math import prod
 
 from .architecture import Architecture
 from .boxes import Ints
@@ -107,10 +108,31 @@ def _is_sparse(a: Architecture, layer: int) -> bool:
     return a.moe_layers[layer]
 
 
+def _is_t5(a: Architecture) -> bool:
+    return a.kind == "t5"
+
+
+def _is_tied(a: Architecture) -> bool:
+    return not a.untie_embeddings_and_output_weights
+
+
+def _of_encoder(parameters: Iterable[Parameter]) -> Iterator[Parameter]:
+    """The parameters that a T5's encoder has as its decoder does: those of plain layers."""
+    for p in parameters:
+        if not p.of_expert and p.layers is not _is_sparse:
+            name = p.name.replace("decoder.", "encoder.")
+            yield replace(p, name=name, when=_both(_is_t5, p.when), layers=lambda a, i: True)
+
+
+def _both(one: Condition, other: Condition) -> Condition:
+    return lambda a: one(a) and other(a)
+
+
 _ATTENTION = "decoder.layers.{i}.self_attention"
+_CROSS = "decoder.layers.{i}.cross_attention"
 _MLP = "decoder.layers.{i}.mlp"
 _MTP = "mtp.layers.{i}"
-PARAMETERS = (
+_EMBEDDINGS = (
     Parameter(
         "embedding.word_embeddings.weight", lambda a: (a.padded_vocab_size, a.hidden_size), 0
     ),
@@ -120,6 +142,16 @@ PARAMETERS = (
         when=lambda a: a.has_position_table,
     ),
     *_norm("embedding.norm.", lambda a: a.hidden_size, lambda a: a.embedding_norm),
+    *(
+        Parameter(
+            f"{side}_relative_pos_emb.relative_attention_bias.weight",
+            lambda a: (a.relative_attention_num_buckets, a.num_attention_heads),
+            when=lambda a: a.position_embedding_type == "relative",
+        )
+        for side in ("encoder", "decoder")
+    ),
+)
+_SELF_ATTENTION = (
     *_norm(f"{_ATTENTION}.linear_qkv.layer_norm_", lambda a: a.hidden_size, _always),
     Parameter(
         f"{_ATTENTION}.linear_qkv.weight", lambda a: (a.qkv_size, a.hidden_size), 0, _is_plain
@@ -192,6 +224,33 @@ PARAMETERS = (
         lambda a: (a.hidden_size,),
         when=lambda a: a.add_bias_linear,
     ),
+)
+_CROSS_ATTENTION = (
+    *_norm("decoder.layers.{i}.pre_cross_attn_layernorm.", lambda a: a.hidden_size, _is_t5),
+    Parameter(f"{_CROSS}.linear_q.weight", lambda a: (a.attention_size, a.hidden_size), 0, _is_t5),
+    Parameter(
+        f"{_CROSS}.linear_q.bias",
+        lambda a: (a.attention_size,),
+        0,
+        when=lambda a: _is_t5(a) and a.add_bias_linear,
+    ),
+    Parameter(f"{_CROSS}.linear_kv.weight", lambda a: (a.kv_size, a.hidden_size), 0, _is_t5),
+    Parameter(
+        f"{_CROSS}.linear_kv.bias",
+        lambda a: (a.kv_size,),
+        0,
+        when=lambda a: _is_t5(a) and a.add_bias_linear,
+    ),
+    Parameter(
+        f"{_CROSS}.linear_proj.weight", lambda a: (a.hidden_size, a.attention_size), 1, _is_t5
+    ),
+    Parameter(
+        f"{_CROSS}.linear_proj.bias",
+        lambda a: (a.hidden_size,),
+        when=lambda a: _is_t5(a) and a.add_bias_linear,
+    ),
+)
+_MLPS = (
     *_norm(f"{_MLP}.linear_fc1.layer_norm_", lambda a: a.hidden_size, _always),
     *_mlp(_MLP, lambda a: a.ffn_hidden_size, layers=_is_dense),
     Parameter(
@@ -216,7 +275,17 @@ PARAMETERS = (
         when=lambda a: a.moe_shared_expert_gate,
         layers=_is_sparse,
     ),
-    *_norm("decoder.final_layernorm.", lambda a: a.hidden_size, lambda a: a.final_layernorm),
+)
+_FINAL = tuple(
+    _norm("decoder.final_layernorm.", lambda a: a.hidden_size, lambda a: a.final_layernorm)
+)
+PARAMETERS = (
+    *_EMBEDDINGS,
+    *_of_encoder((*_SELF_ATTENTION, *_MLPS, *_FINAL)),
+    *_SELF_ATTENTION,
+    *_CROSS_ATTENTION,
+    *_MLPS,
+    *_FINAL,
     *_norm(f"{_MTP}.enorm.", lambda a: a.hidden_size, _always),
     *_norm(f"{_MTP}.hnorm.", lambda a: a.hidden_size, _always),
     Parameter(f"{_MTP}.eh_proj.weight", lambda a: (a.hidden_size, 2 * a.hidden_size), 0),
@@ -227,14 +296,32 @@ PARAMETERS = (
         0,
         when=lambda a: a.untie_embeddings_and_output_weights,
     ),
+    # Only a table of its own is without (T5LMHead, models/T5/t5_model.py).
+    Parameter(
+        "output_layer.bias",
+        lambda a: (a.padded_vocab_size,),
+        0,
+        when=lambda a: _is_t5(a) and _is_tied(a),
+    ),
 )
 # Those with a row per token.
-VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
+VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight", "output_layer.bias")
+# Kept in float32 whatever the others are in: what is learnt of it is too small for fewer bits
+# (TopKRouter._maintain_float32_expert_bias, core/transformer/moe/router.py).
+FLOAT32 = ".router.expert_bias"
+# Modules that a T5 has under two names, and so stores twice -> the canonical one (T5Model.__init__,
+# models/T5/t5_model.py).
+COPIES = {
+    "position_embeddings.weight": "embedding.position_embeddings.weight",
+    "lm_head.output_layer.weight": "output_layer.weight",
+    "lm_head.output_layer.bias": "output_layer.bias",
+}
 _BY_NAME = {parameter.name: parameter for parameter in PARAMETERS}
 _LAYERS, _MTP_LAYER = "decoder.layers.{i}.", "mtp.layers.{i}.transformer_layer."
+_ENCODER_LAYERS = "encoder.layers.{i}."
 _NUMBERS = (
     (re.compile(r"^mtp\.layers\.\d+\.transformer_layer\."), _LAYERS),
-    (re.compile(r"(?<=^decoder\.layers\.)\d+(?=\.)"), "{i}"),
+    (re.compile(r"(?<=^(?:en|de)coder\.layers\.)\d+(?=\.)"), "{i}"),
     (re.compile(r"(?<=^mtp\.layers\.)\d+(?=\.)"), "{i}"),
     (re.compile(r"(?<=\.mlp\.experts\.)\d+(?=\.)"), "{e}"),
 )
@@ -242,10 +329,11 @@ _NUMBERS = (
 
 @lru_cache(maxsize=1 << 17)
 def find(name: str) -> Parameter | None:
-    """The table line of a concrete canonical name.
+    """The table line of a concrete canonical name, or of a name in `COPIES`.
 
     A layer that predicts further tokens has a layer of the decoder within it.
     """
+    name = COPIES.get(name, name)
     for pattern, template in _NUMBERS:
         name = pattern.sub(template, name)
     return _BY_NAME.get(name)
@@ -256,10 +344,15 @@ def expected(architecture: Architecture) -> dict[str, Ints]:
     a = architecture
     found: dict[str, Ints] = {}
     ours = [parameter for parameter in PARAMETERS if parameter.when(a)]
+    encoder = [p for p in ours if p.name.startswith(_ENCODER_LAYERS)]
     layer = [p for p in ours if p.name.startswith(_LAYERS)]
     mtp = [p for p in ours if p.name.startswith(_MTP)]
     first = next(number for number, p in enumerate(ours) if p is layer[0])
-    found |= {p.name: p.shape(a) for p in ours[:first]}
+    start = next(number for number, p in enumerate(ours) if "{i}" in p.name)
+    found |= {p.name: p.shape(a) for p in ours[:start]}
+    for number in range(a.encoder_num_layers):
+        found |= _of_layer(a, encoder, number, _ENCODER_LAYERS.replace("{i}", str(number)))
+    found |= {p.name: p.shape(a) for p in ours[start:first] if "{i}" not in p.name}
     for number in range(a.num_layers):
         found |= _of_layer(a, layer, number, _LAYERS.replace("{i}", str(number)))
     found |= {p.name: p.shape(a) for p in ours[first:] if "{i}" not in p.name}
@@ -286,18 +379,46 @@ def _of_layer(
             continue
         found |= _of_experts(a, experts, prefix)
         experts = []
-        found[prefix + parameter.name.removeprefix(_LAYERS)] = parameter.shape(a)
+        found[prefix + _within_layer(parameter)] = parameter.shape(a)
     return found | _of_experts(a, experts, prefix)
+
+
+def _within_layer(parameter: Parameter) -> str:
+    return parameter.name.partition(".layers.{i}.")[2]
 
 
 def _of_experts(a: Architecture, parameters: list[Parameter], prefix: str) -> dict[str, Ints]:
     """Those of all experts, expert by expert."""
-    shapes = [(prefix + p.name.removeprefix(_LAYERS), p.shape(a)) for p in parameters]
+    shapes = [(prefix + _within_layer(p), p.shape(a)) for p in parameters]
     return {
         name.replace("{e}", str(expert)): shape
         for expert in range(a.num_experts or 0 if shapes else 0)
         for name, shape in shapes
     }
+
+
+def layers_text(a: Architecture) -> str:
+    """How many layers there are, for a message."""
+    if a.encoder_num_layers:
+        return f"{a.encoder_num_layers} + {a.num_layers} layers"
+    return f"{a.num_layers} layers"
+
+
+def num_active_parameters(a: Architecture) -> int:
+    """Parameters that one token goes through: of experts, as many as are chosen.
+
+    Layers that predict further tokens are left out; of the vocabulary's padding nothing is.
+    """
+    total = 0
+    for name, shape in expected(a).items():
+        parameter = find(name)
+        assert parameter is not None, name
+        if name.startswith("mtp."):
+            continue
+        if parameter.of_expert and not name.partition(".mlp.experts.")[2].startswith("0."):
+            continue
+        total += prod(shape) * (a.moe_router_topk if parameter.of_expert else 1)
+    return total
 
 
 def check_complete(shapes: Mapping[str, Ints], architecture: Architecture) -> None:
@@ -308,11 +429,11 @@ def check_complete(shapes: Mapping[str, Ints], architecture: Architecture) -> No
         MappingError: there are parameters this architecture does not have.
         CorruptError: a shape contradicts the architecture.
     """
-    if architecture.num_layers > len(shapes):
+    if architecture.num_layers + architecture.encoder_num_layers > len(shapes):
         raise IncompleteError(
             "layers are missing; nothing was written",
             found=f"{len(shapes)} parameters",
-            expected=f"those of {architecture.num_layers} layers",
+            expected=f"those of {layers_text(architecture)}",
             fix="check that all files of the iteration were copied",
         )
     wanted = expected(architecture)
@@ -327,7 +448,7 @@ def check_complete(shapes: Mapping[str, Ints], architecture: Architecture) -> No
         raise MappingError(
             f"{len(extra)} parameters do not belong to the model its arguments describe",
             found=shorten(extra),
-            expected=f"the {len(wanted)} parameters of {architecture.num_layers} layers",
+            expected=f"the {len(wanted)} parameters of {layers_text(architecture)}",
             fix="correct the arguments with --set NAME=VALUE if they are wrong",
         )
     for name, shape in wanted.items():

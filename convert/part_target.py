@@ -21,7 +21,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from types import TracebackType
 from typing import Any
@@ -116,6 +116,7 @@ class PartSink:
         if os.path.lexists(self.folder) and not os.path.isdir(self.folder):
             raise TargetError(f"{self.folder} is a file", expected="a folder, or a new name")
         if self._is_done():
+            self._drop_notes()
             self.unchanged, self.whole, self.num_complete = True, True, self._part.count
             self.pending = replace(self.pending, files=(), replicas=())
             return
@@ -206,8 +207,8 @@ class PartSink:
             try:
                 with open(path, "rb") as file:
                     state = json.load(file)
-                if state["status"] in ("running", "complete") and state["files"].items():
-                    return dict(state)
+                if state["status"] in ("running", "complete"):
+                    return {**state, "files": dict(state["files"])}
             except FileNotFoundError:
                 return None
             except OSError as error:  # a file system of the network may know only the one before
@@ -227,12 +228,12 @@ class PartSink:
         for name in kept:
             self.manifest["files"][name] = there["files"][name]
         rest = tuple(file for file in self._own.files if file.name not in kept)
-        self._sweep(self._own)
+        self._sweep(file.name for file in self._own.files)
         self.pending = replace(self._own, files=rest)
 
-    def _sweep(self, plan: ConversionPlan) -> None:
+    def _sweep(self, finished_names: Iterable[str]) -> None:
         """Remove unfinished files of runs that are gone."""
-        names = {file.name for file in plan.files} | set(plan.documents)
+        names = set(finished_names)
         for folder in {os.path.dirname(name) for name in names}:
             with contextlib.suppress(FileNotFoundError):
                 for name in os.listdir(os.path.join(self.folder, folder)):
@@ -318,6 +319,10 @@ class PartSink:
         gone = f"{self._state}.{self._claim.token}"
         with contextlib.suppress(FileNotFoundError):
             os.rename(self._state, gone)
+        self._drop_notes()
+
+    def _drop_notes(self) -> None:
+        """Remove the notes of all parts, which have another name by now."""
         for name in os.listdir(self.folder):
             if name.startswith(f"{PARTS}."):
                 shutil.rmtree(os.path.join(self.folder, name), ignore_errors=True)
@@ -333,7 +338,7 @@ class PartSink:
                 expected="all files of all parts, in their sizes",
                 fix="run the parts again with --resume: they write what is missing",
             )
-        self._sweep(self._plan)
+        self._sweep({*written, *self._plan.documents, manifest.NAME})
         for name, data in self._plan.documents.items():
             write_document(self.folder, name, data, self._writer.suffix, keeps=True)
         record["documents"] = manifest.digests(self._plan.documents, self._algorithm)

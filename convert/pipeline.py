@@ -18,6 +18,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypedDict, Unpack
 
 from . import (
@@ -107,7 +108,8 @@ def open_checkpoint(
     if raw.args is None and dialect.has_tied_copy(names):
         overrides = {"untie_embeddings_and_output_weights": False, **overrides}
     tp, etp = (1 + max(getattr(s, rank) for s in shards) for rank in ("tp", "expert_tp"))
-    held = topology.holders(topology.number_layers(shards))
+    numbered, idle = topology.without_idle_heads(topology.number_layers(shards))
+    held = topology.holders(numbered)
     shapes = topology.joined_shapes(held, tp, etp)
     remarks: tuple[str, ...] = ()
     if dialect.arguments:
@@ -122,7 +124,12 @@ def open_checkpoint(
     tensors, copies = topology.join(held, tp, etp, architecture, dialect.summed)
     parameters.check_complete({n: t.shape for n, t in tensors.items()}, architecture)
     tied = topology.TIED_HEAD in held and topology.TIED_HEAD not in tensors
-    dropped = dict(raw.dropped) | ({"tied copy": (topology.TIED_HEAD,)} if tied else {})
+    left_out = {
+        "tied copy": (topology.TIED_HEAD,) if tied else (),
+        "second name": tuple(name for name in held if name in parameters.COPIES),
+        "idle head": idle,
+    }
+    dropped = dict(raw.dropped) | {kind: found for kind, found in left_out.items() if found}
     generation, shown = dialect.generation(names)
     return Checkpoint(
         format=raw.format,
@@ -180,11 +187,12 @@ def _architecture(
         return architecture_from_shapes(shapes, overrides, may_lack_head=raw.may_lack_head)
     if rows and not isinstance(raw.args.get("padded_vocab_size"), int):
         overrides = {"padded_vocab_size": rows, **overrides}
-    first = architecture_from_args(raw.args, overrides=overrides, legacy=legacy)
+    read = partial(architecture_from_args, overrides=overrides, legacy=legacy, shapes=dict(shapes))
+    first = read(raw.args)
     for shard in raw.shards:
         if shard.args is None or shard.args is raw.args:
             continue
-        other = architecture_from_args(shard.args, overrides=overrides, legacy=legacy)
+        other = read(shard.args)
         if other != first:
             names = [n for n in first.__dataclass_fields__ if _value(first, n) != _value(other, n)]
             raise InconsistentError(

@@ -19,6 +19,7 @@ from math import prod
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from . import page_cache
 from .boxes import Box, intersect, row_major, windows
 from .casting import add_windows
 from .dtypes import DType
@@ -53,12 +54,14 @@ class FileReader:
 
     Args:
         num_windows: how many windows are in use at a time.
+        gives_back: let the system forget what was read.
     """
 
-    def __init__(self, num_windows: int = 1) -> None:
+    def __init__(self, num_windows: int = 1, *, gives_back: bool = False) -> None:
         self._files: OrderedDict[str, File] = OrderedDict()
         self._scratch = memoryview(b"")
         self._windows = deque([memoryview(b"")] * num_windows)
+        self._gives_back = gives_back
         self.num_bytes = 0
 
     def __enter__(self) -> FileReader:
@@ -96,6 +99,8 @@ class FileReader:
                         fix="make sure nothing writes to the checkpoint, and copy the file again",
                     )
                 position += count
+            if self._gives_back and position >= page_cache.LEAST_BYTES:
+                file.give_back(offset, position)
         except OSError as error:
             raise SourceError(f"{path} cannot be read", found=str(error)) from error
         self.num_bytes += position

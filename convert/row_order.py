@@ -1,11 +1,12 @@
-"""The order of the rows of a tensor-parallel rank's `query_key_value` and gated MLP.
+"""The order of the rows of a tensor-parallel rank's `query_key_value`, `key_value` and gated MLP.
 
     head      [g, (r queries, 1 key, 1 value), d]      checkpoint_version 2.0 and 3.0; canonical
     block     [g * r, d] [g, d] [g, d]                 version 0: all queries, all keys, all values
     element   [h, d, (query, key, value)]              version 1.0, which knew no groups
     paired    [g * r, d] [g, (key, value), d]          two tensors of Megatron-DeepSpeed, joined
 
-for g query groups of r heads, h heads in all, d channels. A gated `linear_fc1` is [gate | up];
+for g query groups of r heads, h heads in all, d channels; `key_value`, of a T5's attention to its
+encoder, alike but without the queries. A gated `linear_fc1` is [gate | up];
 GPT-NeoX and EPFL's Megatron-LLM have [up | gate]. Weights and biases alike. The order is each
 rank's own: rows are put right before ranks are joined. A tensor that holds several ranks' rows
 already is taken apart first. All of it is strides: nothing is read.
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 from .architecture import Architecture
 from .checkpoint import Shard
@@ -26,6 +28,7 @@ from .tensors import LazyTensor, concat
 ORDERS = (HEAD, BLOCK, ELEMENT)
 AUTO = "auto"
 _MARK, _GATED = ".self_attention.linear_qkv.", ".mlp.linear_fc1."
+_PAIR = ".cross_attention.linear_kv."
 _NAMES = ("weight", "bias")
 
 
@@ -72,11 +75,15 @@ def in_head_order(
     parts = layout_tp // tp
     result = {}
     for name, shards in held.items():
-        if _MARK in name and name.rpartition(".")[2] in _NAMES:
-            shards = [
-                _mapped(shard, name, lambda t: _reordered(t, order, architecture, parts, groups))
-                for shard in shards
-            ]
+        if (_MARK in name or _PAIR in name) and name.rpartition(".")[2] in _NAMES:
+            change = partial(
+                _reordered if _MARK in name else _pairs_reordered,
+                order=order,
+                architecture=architecture,
+                parts=parts,
+                groups=groups,
+            )
+            shards = [_mapped(shard, name, change) for shard in shards]
         result[name] = shards
     return result
 
@@ -117,6 +124,27 @@ def _reordered(
         return tensor  # `check_complete` says what is wrong with its shape
     done = [_rank(part, order, groups, per_group, channels) for part in tensor.chunk(parts)]
     return concat(done) if len(done) > 1 else done[0]
+
+
+def _pairs_reordered(
+    tensor: LazyTensor, order: str, architecture: Architecture, parts: int, groups: int
+) -> LazyTensor:
+    """Rows of keys and values as [g, (1 key, 1 value), d]."""
+    channels = architecture.kv_channels
+    if not tensor.shape or tensor.shape[0] != parts * groups * 2 * channels:
+        return tensor  # `check_complete` says what is wrong with its shape
+    done = [_pair(part, order, groups, channels) for part in tensor.chunk(parts)]
+    return concat(done) if len(done) > 1 else done[0]
+
+
+def _pair(tensor: LazyTensor, order: str, groups: int, channels: int) -> LazyTensor:
+    if order == ELEMENT:
+        axes = range(3, len(tensor.shape) + 2)
+        return tensor.unflatten(0, groups, channels, 2).permute(0, 2, 1, *axes).flatten(0, 3)
+    if order == BLOCK:
+        axes = range(3, len(tensor.shape) + 2)
+        return tensor.unflatten(0, 2, groups, channels).permute(1, 0, 2, *axes).flatten(0, 3)
+    return tensor
 
 
 def _rank(tensor: LazyTensor, order: str, groups: int, per_group: int, channels: int) -> LazyTensor:

@@ -14,15 +14,23 @@ from .checkpoint import Replicas
 from .errors import InconsistentError, LayoutError, UsageError
 from .plan import ConversionPlan
 from .replicas import compare
-from .tensors import LazyTensor
+from .seq2seq import check_stages
+from .tensors import LazyTensor, concat
 
 if TYPE_CHECKING:
     import torch
 
-    from modeling_mtt import MTTConfig, MTTForCausalLM
+    from modeling_mtt import (
+        MTTConfig,
+        MTTForCausalLM,
+        MTTForConditionalGeneration,
+        MTTSeq2SeqConfig,
+    )
+
+    Model = MTTForCausalLM | MTTForConditionalGeneration
 
 
-def check_layout(config: MTTConfig, tp_size: int, pp_size: int) -> None:
+def check_layout(config: MTTConfig | MTTSeq2SeqConfig, tp_size: int, pp_size: int) -> None:
     """Refuse a layout the model cannot have; nothing is read and no process is asked.
 
     Raises:
@@ -34,6 +42,8 @@ def check_layout(config: MTTConfig, tp_size: int, pp_size: int) -> None:
         raise UsageError(
             "no processes", found=f"TP{tp_size} x PP{pp_size}", expected="sizes of at least 1"
         )
+    if config.is_encoder_decoder:
+        check_stages(pp_size)
     sizes = tensor_parallel_sizes(config)
     if tp_size not in sizes:
         raise LayoutError(
@@ -78,7 +88,7 @@ def _part(group: Replicas, rank: int, num_ranks: int) -> Replicas:
     return replace(group, tensors=tuple(t.narrow(0, start, end - start) for t in group.tensors))
 
 
-def local_plan(plan: ConversionPlan, model: MTTForCausalLM) -> ConversionPlan:
+def local_plan(plan: ConversionPlan, model: Model) -> ConversionPlan:
     """The plan with the tensors this process holds, cut to its slices."""
     parameters = model.state_dict()
     files = tuple(
@@ -98,9 +108,17 @@ def local_plan(plan: ConversionPlan, model: MTTForCausalLM) -> ConversionPlan:
 def _slice(source: LazyTensor, parameter: torch.Tensor) -> LazyTensor:
     from torch.distributed.tensor import DTensor
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+    from torch.distributed.tensor.placement_types import _StridedShard
 
     if not isinstance(parameter, DTensor):
         return source
+    for dim, placement in enumerate(parameter.placements):
+        # Gate and up as one tensor: a process has its part of each.
+        if isinstance(placement, _StridedShard) and placement.split_factor != 1:
+            assert len(parameter.placements) == 1, parameter.placements
+            mesh, axis, blocks = parameter.device_mesh, placement.dim, int(placement.split_factor)
+            count, rank = mesh.size(dim), mesh.get_local_rank(dim)
+            return concat([b.chunk(count, axis)[rank] for b in source.chunk(blocks, axis)], axis)
     sizes, starts = compute_local_shape_and_global_offset(
         parameter.shape, parameter.device_mesh, parameter.placements
     )
@@ -110,7 +128,7 @@ def _slice(source: LazyTensor, parameter: torch.Tensor) -> LazyTensor:
 
 
 def placed(
-    tensors: Mapping[str, torch.Tensor], model: MTTForCausalLM, device: torch.device
+    tensors: Mapping[str, torch.Tensor], model: Model, device: torch.device
 ) -> dict[str, torch.Tensor]:
     """Local slices as the distributed tensors the model has places for."""
     from torch.distributed.tensor import DTensor

@@ -11,6 +11,7 @@ which is imported when one is met.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from collections.abc import Iterable
@@ -19,6 +20,7 @@ from datetime import datetime
 from types import TracebackType
 from typing import Protocol, Self
 
+from . import page_cache
 from .errors import SourceError
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
@@ -50,6 +52,10 @@ class File(Protocol):
 
     def expect(self, ranges: Iterable[tuple[int, int]]) -> None:
         """Say that these (offset, count) will be asked for next, each by `pread`."""
+
+    def give_back(self, offset: int, count: int) -> None:
+        """Say that these bytes will not be asked for again soon."""
+        return None  # what is fetched from elsewhere is not in the system's cache
 
     def close(self) -> None:
         """Give back what it holds."""
@@ -92,7 +98,20 @@ class LocalFile(File):
 
     def read_into(self, out: memoryview, offset: int) -> int:
         """Fill `out` from `offset`, or some of it."""
-        return os.preadv(self._descriptor, [out], offset)
+        try:
+            return os.preadv(self._descriptor, [out], offset)
+        except AttributeError:  # macOS before 11
+            pass
+        except OSError as error:
+            if error.errno != errno.ENOSYS:
+                raise
+        data = os.pread(self._descriptor, len(out), offset)
+        out[: len(data)] = data
+        return len(data)
+
+    def give_back(self, offset: int, count: int) -> None:
+        """Let the system drop them from its cache."""
+        page_cache.give_back(self._descriptor, offset, count)
 
     def expect(self, ranges: Iterable[tuple[int, int]]) -> None:
         """Nothing: the system reads ahead by itself."""

@@ -32,7 +32,7 @@ from .unchanged import is_same_plan
 from .work import SourceWatch
 from .writing import LOCK, FileWriter, FolderLock, target_error, write_document
 
-_REPLACED = ".mtt.replaced"
+_REPLACED, _GONE = ".mtt.replaced", ".mtt.replaced.gone"
 _NOTES = ("work", "boot")  # of the manifest while it is running
 IsSame = Callable[[dict[str, Any]], bool]
 
@@ -115,6 +115,7 @@ class FolderSink:
             parent = os.path.dirname(parent)
         os.makedirs(self.folder, exist_ok=True)
         self._lock.take()
+        shutil.rmtree(os.path.join(self.folder, _GONE), ignore_errors=True)
         if present := self._listing():
             if self._goes_on(present) or self._is_same(present):
                 self.whole = self.unchanged
@@ -155,7 +156,7 @@ class FolderSink:
             same = is_same_plan(there, self._plan, source, self._algorithm)
             if same and is_whole(self.folder, there):
                 self._take_over(there)
-                shutil.rmtree(os.path.join(self.folder, _REPLACED), ignore_errors=True)
+                self._drop_replaced()
                 return True
         elif there["status"] == "running" and there.get("work") == self.manifest["work"]:
             self._keep_finished(there)
@@ -239,6 +240,13 @@ class FolderSink:
         for name in sorted(ours, key=lambda name: name == manifest.NAME):
             _move(name, self.folder, aside)
 
+    def _drop_replaced(self) -> None:
+        """Remove what was set aside: first its name, so that half of it never comes back."""
+        gone = os.path.join(self.folder, _GONE)
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(os.path.join(self.folder, _REPLACED), gone)
+        shutil.rmtree(gone, ignore_errors=True)
+
     def _present(self, names: set[str]) -> set[str]:
         """Those of these names that are in the folder."""
         return {name for name in names if os.path.lexists(os.path.join(self.folder, name))}
@@ -316,7 +324,7 @@ class FolderSink:
                 del self.manifest[note]
             manifest.write(self.folder, self.manifest, keeps=self._resume)
             self.whole = True
-            shutil.rmtree(os.path.join(self.folder, _REPLACED), ignore_errors=True)
+            self._drop_replaced()
         except OSError as error:
             raise target_error(self.folder, error, keeps=self._resume) from error
 

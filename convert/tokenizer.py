@@ -3,6 +3,7 @@
     HF folder                      copied: tokenizer.json, tokenizer_config.json, ...
     GPT-2 vocab.json + merges.txt  copied, with a tokenizer_config.json (names may have a prefix)
     tokenizer.json                 copied, with a tokenizer_config.json
+    BERT's vocab.txt               copied, with a tokenizer.json of the same ids
     SentencePiece .model           copied, with a tokenizer.json of the same ids
     tiktoken ranks                 a tokenizer.json of the same ids; .tiktoken, or Megatron's JSON
 
@@ -20,6 +21,7 @@ from dataclasses import dataclass, field, replace
 from . import sources
 from . import tokenizer_sentencepiece as sentencepiece
 from . import tokenizer_tiktoken as tiktoken
+from . import tokenizer_wordpiece as wordpiece
 from .argument_tables import NOTHING, Arguments
 from .errors import SourceError, UnsupportedError, UsageError
 from .plan import document
@@ -31,6 +33,7 @@ _FOLDER_FILES = (
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
+    "vocab.txt",
     "tokenizer.model",
     "chat_template.jinja",
 )
@@ -44,8 +47,8 @@ _MEANINGS = {
     "unk": ("<unk>",),
 }
 _EXPECTED = (
-    "a folder, a vocab.json beside its merges.txt, a tokenizer.json, a SentencePiece .model, or "
-    "tiktoken's ranks"
+    "a folder, a vocab.json beside its merges.txt, a tokenizer.json, BERT's vocab.txt, a "
+    "SentencePiece .model, or tiktoken's ranks"
 )
 
 
@@ -72,7 +75,11 @@ def has_tokenizer(folder: str) -> bool:
     def has(name: str) -> bool:
         return sources.is_file(os.path.join(folder, name))
 
-    pairs = (("vocab.json", "merges.txt"), ("tokenizer.model", "tokenizer_config.json"))
+    pairs = (
+        ("vocab.json", "merges.txt"),
+        ("vocab.txt", "tokenizer_config.json"),
+        ("tokenizer.model", "tokenizer_config.json"),
+    )
     return has("tokenizer.json") or any(has(a) and has(b) for a, b in pairs)
 
 
@@ -112,6 +119,8 @@ def _from_file(path: str, args: Arguments) -> Tokenizer:
             return _from_ranks(tiktoken.read_megatron_ranks(values, name, args))
     if name.endswith("tokenizer.json"):
         return _from_tokenizer_json(data)
+    if name.endswith(".txt") and wordpiece.is_vocabulary(data):
+        return _from_wordpiece(data, name, args)
     if name.endswith((".txt", ".json", ".bpe")):
         return _from_vocab(path)
     if sentencepiece.is_sentencepiece(data):
@@ -173,7 +182,7 @@ def _main_file(folder: str, files: Mapping[str, bytes]) -> str:
     if "tokenizer.json" in files:
         return os.path.join(folder, "tokenizer.json")
     names = sorted(sources.listing(folder))
-    for ending in (".model", ".tiktoken"):
+    for ending in (".model", ".tiktoken", "vocab.txt"):
         if found := [name for name in names if name.endswith(ending)]:
             return os.path.join(folder, found[0])
     return os.path.join(folder, _find(folder, "vocab.json"))
@@ -189,6 +198,15 @@ def _from_ranks(ranks: tiktoken.Ranks) -> Tokenizer:
     return _fast(document(tiktoken.tokenizer_json(ranks)), ids, meanings)
 
 
+def _from_wordpiece(data: bytes, name: str, args: Arguments) -> Tokenizer:
+    vocabulary = wordpiece.read_vocabulary(data, name, args)
+    content = document(wordpiece.tokenizer_json(vocabulary))
+    inputs = ["input_ids", "token_type_ids", "attention_mask"]
+    config = {"model_input_names": inputs} if vocabulary.is_framed else {}
+    tokenizer = _fast(content, vocabulary.ids, vocabulary.meanings, config)
+    return replace(tokenizer, files={**tokenizer.files, "vocab.txt": data})
+
+
 def _from_sentencepiece(data: bytes, name: str, args: Arguments) -> Tokenizer:
     """A `.model`, with what Megatron's tokenizer of that type adds to it."""
     model, trained_with = sentencepiece.read_model(data, name), args.get("tokenizer_type")
@@ -196,7 +214,10 @@ def _from_sentencepiece(data: bytes, name: str, args: Arguments) -> Tokenizer:
     meanings = {kind: model.token(kind) for kind in ("bos", "eos", "pad", "unk")}
     if trained_with == "SentencePieceTokenizer":
         more = sentencepiece.megatron_tokens(model, args.get("vocab_extra_ids"))
-        meanings["eos"] = "<EOD>"
+        if args.get("decoder_seq_length") is None:
+            meanings["eos"] = "<EOD>"
+        else:  # a T5 (T5MaskedWordPieceDataset in core/datasets/t5_dataset.py)
+            meanings |= {k: meanings[k] or f"<{k.upper()}>" for k in ("bos", "eos", "pad")}
     content = sentencepiece.tokenizer_json(
         model, name, add_bos=trained_with == "Llama2Tokenizer", more=more
     )
@@ -207,7 +228,10 @@ def _from_sentencepiece(data: bytes, name: str, args: Arguments) -> Tokenizer:
 
 
 def _fast(
-    data: bytes, ids: Mapping[str, int], meanings: Mapping[str, str | None] | None = None
+    data: bytes,
+    ids: Mapping[str, int],
+    meanings: Mapping[str, str | None] | None = None,
+    more: Mapping[str, object] = NOTHING,
 ) -> Tokenizer:
     """A tokenizer.json with the tokenizer_config.json it needs.
 
@@ -215,6 +239,7 @@ def _fast(
         data: its content.
         ids: token -> id.
         meanings: which token is which; None goes by their usual names.
+        more: further fields of the configuration.
     """
     if meanings is None:
         meanings = {
@@ -226,6 +251,7 @@ def _fast(
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
         **{f"{kind}_token": text for kind, text in named.items()},
+        **more,
     }
     special = {kind: ids[named[kind]] if kind in named else None for kind in ("bos", "eos", "pad")}
     files = {"tokenizer.json": data, "tokenizer_config.json": document(config)}
@@ -289,6 +315,11 @@ def _token_ids(files: Mapping[str, bytes]) -> dict[str, int]:
         name = "tokenizer.model"
         pieces = sentencepiece.read_model(files[name], name).pieces
         ids |= {piece.text: number for number, piece in enumerate(pieces)}
+        if "added_tokens.json" in files:
+            ids |= _json(files["added_tokens.json"], "added_tokens.json")
+    elif "vocab.txt" in files:
+        name = "vocab.txt"
+        ids |= wordpiece.read_vocabulary(files[name], name).ids
         if "added_tokens.json" in files:
             ids |= _json(files["added_tokens.json"], "added_tokens.json")
     elif "vocab.json" in files:

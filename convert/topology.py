@@ -23,10 +23,12 @@ from .checkpoint import Replicas, Shard
 from .errors import CorruptError, IncompleteError, InconsistentError, MappingError
 from .layouts import Stage
 from .mapping import shorten
-from .parameters import Parameter, find
+from .parameters import COPIES, Parameter, find
 from .tensors import SUM, SUM_OF_PARTS, LazyTensor, combined, concat
 
-_LAYER = re.compile(r"(?<=^decoder\.layers\.)(\d+)(?=\.)")
+_LAYER = re.compile(r"(?<=^(?:en|de)coder\.layers\.)(\d+)(?=\.)")
+_STACKS = ("encoder", "decoder")
+_HEAD = re.compile(r"(lm_head\.)?output_layer\.")
 _EXPERT = re.compile(r"(?<=\.mlp\.experts\.)(\d+)(?=\.)")
 EMBEDDING, TIED_HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
 Held = Mapping[str, Sequence[Shard]]
@@ -40,35 +42,63 @@ def number_layers(shards: Iterable[Shard]) -> tuple[Shard, ...]:
         InconsistentError: tensor-parallel ranks of one stage hold different layers.
     """
     shards = list(shards)
-    counts: dict[tuple[int, int], int] = {}
+    counts: dict[tuple[str, int, int], int] = {}
     for shard in shards:
-        found = {int(hit[1]) for name in shard.tensors if (hit := _LAYER.search(name))}
-        if found != set(range(len(found))):
-            raise IncompleteError(
-                f"{shard.where} skips layers; nothing was written",
-                found=f"layers {sorted(found)}",
-                expected=f"layers 0 to {len(found) - 1}",
-            )
-        previous = counts.setdefault((shard.vpp, shard.pp), len(found))
-        if previous != len(found):
-            raise InconsistentError(
-                "ranks of one pipeline stage hold different numbers of layers",
-                found=f"{len(found)} in {shard.where}",
-                expected=str(previous),
-            )
-    offsets, position = {}, 0
-    for place in sorted(counts):
-        offsets[place] = position
-        position += counts[place]
-    return tuple(_shifted(shard, offsets[shard.vpp, shard.pp]) for shard in shards)
+        for stack in _STACKS:
+            _count_layers(shard, stack, counts)
+    offsets: dict[tuple[str, int, int], int] = {}
+    position = dict.fromkeys(_STACKS, 0)
+    for stack, vpp, pp in sorted(counts):
+        offsets[stack, vpp, pp] = position[stack]
+        position[stack] += counts[stack, vpp, pp]
+    return tuple(
+        _shifted(shard, {stack: offsets[stack, shard.vpp, shard.pp] for stack in _STACKS})
+        for shard in shards
+    )
 
 
-def _shifted(shard: Shard, offset: int) -> Shard:
-    tensors = {
-        _LAYER.sub(lambda hit: str(int(hit[1]) + offset), name): tensor
-        for name, tensor in shard.tensors.items()
-    }
-    return replace(shard, tensors=tensors)
+def _count_layers(shard: Shard, stack: str, counts: dict[tuple[str, int, int], int]) -> None:
+    """Note how many layers of an encoder or decoder a shard has."""
+    names = [name for name in shard.tensors if name.startswith(stack)]
+    found = {int(hit[1]) for name in names if (hit := _LAYER.search(name))}
+    if found != set(range(len(found))):
+        raise IncompleteError(
+            f"{shard.where} skips layers; nothing was written",
+            found=f"layers {sorted(found)}",
+            expected=f"layers 0 to {len(found) - 1}",
+        )
+    previous = counts.setdefault((stack, shard.vpp, shard.pp), len(found))
+    if previous != len(found):
+        raise InconsistentError(
+            "ranks of one pipeline stage hold different numbers of layers",
+            found=f"{len(found)} in {shard.where}",
+            expected=str(previous),
+        )
+
+
+def _shifted(shard: Shard, offsets: Mapping[str, int]) -> Shard:
+    def renumbered(name: str) -> str:
+        offset = offsets.get(name[: len(_STACKS[0])], 0)
+        return _LAYER.sub(lambda hit: str(int(hit[1]) + offset), name)
+
+    return replace(shard, tensors={renumbered(n): tensor for n, tensor in shard.tensors.items()})
+
+
+def without_idle_heads(shards: Iterable[Shard]) -> tuple[tuple[Shard, ...], tuple[str, ...]]:
+    """Leave out the heads that stages of an encoder have, and the names of what was left out.
+
+    Megatron-Core v0.9 to v0.13 built one at the end of a T5's encoder too, where no loss reaches it
+    (get_model in training/training.py and T5Model.__init__ in core/models/T5/t5_model.py).
+    """
+    kept, dropped = [], set()
+    for shard in shards:
+        names = list(shard.tensors)
+        stacks = {name[: len(_STACKS[0])] for name in names if _LAYER.search(name)}
+        idle = {name for name in names if stacks == {"encoder"} and _HEAD.match(name)}
+        dropped |= idle
+        tensors = {n: tensor for n, tensor in shard.tensors.items() if n not in idle}
+        kept.append(replace(shard, tensors=tensors))
+    return tuple(kept), tuple(sorted(dropped))
 
 
 def holders(shards: Iterable[Shard]) -> dict[str, list[Shard]]:
@@ -85,7 +115,7 @@ def holders(shards: Iterable[Shard]) -> dict[str, list[Shard]]:
         raise MappingError(
             f"{len(unknown)} tensors are not part of any model mtt knows; nothing was written",
             found=shorten(unknown),
-            expected="the parameters of a dense GPT",
+            expected="the parameters of a GPT or a T5",
         )
     return dict(held)
 
@@ -138,12 +168,26 @@ def join(
             others = [_join(name, group, split, blocks) for group in copies]
             where = [group[0].where for group in (first, *copies)]
             replicas.append(Replicas(name, (tensors[name], *others), tuple(where)))
+    for name, original in COPIES.items():
+        if name in tensors:
+            replicas += _copy(tensors, held, name, original)
     if not architecture.untie_embeddings_and_output_weights and TIED_HEAD in tensors:
         head = tensors.pop(TIED_HEAD)
         if EMBEDDING in tensors:
             places = (held[EMBEDDING][0].where, held[TIED_HEAD][0].where)
             replicas.append(Replicas(TIED_HEAD, (tensors[EMBEDDING], head), places, tied=True))
     return tensors, tuple(replicas)
+
+
+def _copy(
+    tensors: dict[str, LazyTensor], held: Held, name: str, original: str
+) -> Iterable[Replicas]:
+    """Take out what is stored under a second name: it must be equal, or stands for the first."""
+    copy = tensors.pop(name)
+    if tensors.setdefault(original, copy) is copy:
+        return ()
+    places = tuple(f"{n} in {held[n][0].where}" for n in (original, name))
+    return (Replicas(original, (tensors[original], copy), places),)
 
 
 def _parameter(name: str) -> Parameter:
@@ -248,10 +292,10 @@ def stage_names(names: Iterable[str], stage: Stage) -> list[str]:
     held = []
     for name in names:
         layer = _LAYER.search(name)
-        if layer:
-            wanted = int(layer[1]) in stage.layers
+        if name.startswith(("embedding.", "encoder")):
+            wanted = stage.first  # an encoder is never divided: see `plan_stages`
         else:
-            wanted = stage.first if name.startswith("embedding.") else stage.last
+            wanted = int(layer[1]) in stage.layers if layer else stage.last
         if wanted:
             held.append(name)
     return held

@@ -15,10 +15,11 @@ import errno
 import fcntl
 import os
 import threading
+from collections import Counter
 from operator import itemgetter
 from typing import Any
 
-from . import manifest
+from . import manifest, page_cache
 from .errors import TargetError
 from .plan import PlannedFile, PlannedTensor
 
@@ -50,6 +51,9 @@ class FileWriter:
         self._fixed: dict[str, list[bytearray]] = {}
         self._checksums: dict[tuple[str, str], int] = {}
         self._closed = False
+        num_bytes = sum(entry["bytes"] for entry in record["files"].values())
+        self._gives_back = page_cache.is_filled_by(num_bytes)
+        self._cached: Counter[int] = Counter()
 
     def write(
         self, file: PlannedFile, tensor: PlannedTensor, position: int, data: memoryview
@@ -67,6 +71,11 @@ class FileWriter:
         if tensor.checksum_at:
             key = file.name, tensor.name
             self._checksums[key] = crc32(data, self._checksums.get(key, 0))
+        if self._gives_back:
+            self._cached[descriptor] += len(data)
+            if self._cached[descriptor] >= page_cache.EVERY_BYTES:
+                self._cached[descriptor] = 0
+                page_cache.give_back(descriptor)
 
     def _descriptor(self, file: PlannedFile) -> int:
         with self.mutex:
@@ -116,6 +125,8 @@ class FileWriter:
                 fixed = self._fixed.pop(file.name)
                 for (position, _), data in zip(file.fixed, fixed, strict=True):
                     _write_all(descriptor, memoryview(data), position)
+                if self._gives_back:
+                    page_cache.give_back(descriptor)
                 del self._open[file.name]
             except OSError as error:
                 raise self._error(error) from error

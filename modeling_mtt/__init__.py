@@ -39,6 +39,7 @@ from .modeling_seq2seq_mtt import (
     MTTSeq2SeqModel,
     MTTSeq2SeqPreTrainedModel,
 )
+from .parallel_mtt import expert_parallelism
 
 for _config_class, _auto_map, _module in (
     (MTTConfig, AUTO_MAP, modeling_mtt),
@@ -87,5 +88,6 @@ __all__ = [
     "MTTSeq2SeqConfig",
     "MTTSeq2SeqModel",
     "MTTSeq2SeqPreTrainedModel",
+    "expert_parallelism",
     "register_with_vllm",
 ]

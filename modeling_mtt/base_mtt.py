@@ -109,7 +109,9 @@ class MTTPreTrainedModel(PreTrainedModel):
         check_parallel_sizes(model.config, distributed_config)
         given, plan = distributed_config, dict(model._tp_plan)
         if distributed_config.tp_size > 1:
-            if isinstance(given.tp_plan, dict):
+            if given.tp_plan == {}:
+                plan = {}
+            elif isinstance(given.tp_plan, dict):
                 plan |= given.tp_plan
             distributed_config = copy(given)
             distributed_config.tp_plan = parallel_plan(plan, model.config, given)

@@ -32,6 +32,7 @@ from transformers.distributed.pipeline_parallel import apply_pipeline_parallelis
 from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, ColwiseParallel
 
 from .configuration_mtt import MTTConfig
+from .plans_mtt import DISPATCHES
 
 # transformers < 5.23 can neither cut rows unevenly nor combine kinds of parallelism.
 _CUTS_UNEVENLY = hasattr(ColwiseParallel, "_from_local_last_dim_shard")
@@ -64,11 +65,18 @@ def check_parallel_sizes(config: MTTConfig, distributed_config: DistributedConfi
         `ValueError`: names the sizes that work.
     """
     tp_size, pp_size = distributed_config.tp_size or 1, distributed_config.pp_size or 1
-    if tp_size not in (sizes := tensor_parallel_sizes(config)):
+    ep_size = expert_parallel_size(distributed_config)
+    if ep_size > 1:
+        _check_expert_parallel_size(config, ep_size)
+    if ep_size > 1 and (not DISPATCHES or distributed_config.tp_plan == {}):
+        return  # whole experts, and nothing else is cut
+    sizes = tensor_parallel_sizes(config, whole_experts=ep_size > 1)
+    if tp_size not in sizes:
         raise ValueError(
             f"The model cannot be cut into tp_size {tp_size} equal parts: it has "
             f"{config.num_attention_heads} query heads, {config.num_key_value_heads} key and value "
-            f"heads and an intermediate size of {config.intermediate_size}. "
+            f"heads and an intermediate size of {config.intermediate_size}"
+            f"{'' if ep_size > 1 else _describe_experts(config)}. "
             f"Sizes that work: {', '.join(map(str, sizes))}."
         )
     if shares_heads(config, tp_size) and (distributed_config.fsdp_size or 1) > 1:
@@ -96,7 +104,10 @@ def check_continuous_batching(
     if distributed_config is None:
         return
     tp_size, pp_size = distributed_config.tp_size or 1, distributed_config.pp_size or 1
-    own = [size for size in tensor_parallel_sizes(config) if not shares_heads(config, size)]
+    sizes = tensor_parallel_sizes(config, expert_parallel_size(distributed_config) > 1)
+    own = [size for size in sizes if not shares_heads(config, size)]
+    if getattr(config, "kv_lora_rank", None) is not None:
+        own = [1]  # transformers takes heads for cut where there is a `k_proj`
     if pp_size > 1 or tp_size not in own:
         raise ValueError(
             f"generate_batch() gives every process key and value heads of its own, in all layers: "
@@ -106,17 +117,70 @@ def check_continuous_batching(
         )
 
 
-def tensor_parallel_sizes(config: MTTConfig) -> list[int]:
-    """Return the sizes of tensor parallelism that give every process the same share."""
+def tensor_parallel_sizes(config: MTTConfig, whole_experts: bool = False) -> list[int]:
+    """Return the sizes of tensor parallelism that give every process the same share.
+
+    Args:
+        config (`MTTConfig`): the model's.
+        whole_experts (`bool`): whether experts are not cut, but dealt.
+    """
     num_heads, num_key_value_heads = config.num_attention_heads, config.num_key_value_heads
     assert num_key_value_heads is not None
+    even, uneven = [], [config.intermediate_size]
+    if getattr(config, "num_experts", None) is not None:
+        if "dense" not in config.types_of_mlps():
+            uneven = []
+        if not whole_experts:
+            # A bias of an expert's output would be added once by each process.
+            even.append(1 if config.mlp_bias else config.moe_intermediate_size)
+        uneven.append(config.shared_expert_intermediate_size or 0)
+    widths = [width for width in even + ([] if _CUTS_UNEVENLY else uneven) if width is not None]
     return [
         size
         for size in range(1, num_heads + 1)
         if num_heads % size == 0
         and (num_key_value_heads % size == 0 or size % num_key_value_heads == 0)
-        and (_CUTS_UNEVENLY or config.intermediate_size % size == 0)
+        and all(width % size == 0 for width in widths)
     ]
+
+
+def _describe_experts(config: MTTConfig) -> str:
+    if getattr(config, "num_experts", None) is None:
+        return ""
+    biases = " and have biases, which only whole ones can" if config.mlp_bias else ""
+    return f"; experts are {config.moe_intermediate_size} wide{biases}"
+
+
+def expert_parallelism(size: int) -> DistributedConfig:
+    """Return a configuration with which each of `size` processes holds whole experts.
+
+    With transformers 5.23 all else is cut as by `tp_size`; before, all else is whole on each.
+    """
+    if DISPATCHES:
+        return DistributedConfig(tp_size=size, ep_size=size)
+    return DistributedConfig(tp_size=size, enable_expert_parallel=True)
+
+
+def expert_parallel_size(distributed_config: DistributedConfig) -> int:
+    """Return among how many processes experts are dealt."""
+    if DISPATCHES:
+        return distributed_config.ep_size or 1
+    return (distributed_config.tp_size or 1) if distributed_config.enable_expert_parallel else 1
+
+
+def _check_expert_parallel_size(config: MTTConfig, ep_size: int) -> None:
+    num_experts = getattr(config, "num_experts", None)
+    if num_experts is None:
+        raise ValueError(
+            f"Expert parallelism deals out experts: found {ep_size} processes, and a model that has "
+            "no experts. Use tp_size alone."
+        )
+    if num_experts % ep_size:
+        sizes = [size for size in range(1, num_experts + 1) if num_experts % size == 0]
+        raise ValueError(
+            f"{num_experts} experts cannot be dealt out to {ep_size} processes evenly. "
+            f"Sizes that work: {', '.join(map(str, sizes))}."
+        )
 
 
 def shares_heads(config: MTTConfig, tp_size: int) -> bool:

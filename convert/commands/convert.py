@@ -14,6 +14,7 @@ from ..cli import LAYOUT_OPTIONS, source_options
 from ..conversion import Conversion
 from ..dropping import without_mtp
 from ..errors import UsageError
+from ..execute import num_cores
 from ..hf_source import is_hf_folder
 from ..hub import is_hub
 from ..iterations import convert_iteration, list_iterations
@@ -38,6 +39,8 @@ _MOST_DEFAULT_WORKERS = 8
 def run(args: argparse.Namespace) -> int:
     """Convert, or print the plan."""
     start = time.monotonic()
+    # numpy copies here and multiplies nothing; its threads would spin beside the workers.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     workers = default_workers() if args.workers is None else args.workers
     part = None if args.part is None else parse_part(args.part)
     _check(args, workers)
@@ -194,11 +197,7 @@ def _model(conversion: Conversion) -> str:
 
 def default_workers() -> int:
     """Threads to use when the user does not say."""
-    if hasattr(os, "sched_getaffinity"):
-        count = len(os.sched_getaffinity(0))
-    else:  # macOS
-        count = os.cpu_count() or 1
-    return max(1, min(_MOST_DEFAULT_WORKERS, count))
+    return min(_MOST_DEFAULT_WORKERS, num_cores())
 
 
 def _check(args: argparse.Namespace, workers: int) -> None:

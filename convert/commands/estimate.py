@@ -126,8 +126,20 @@ def read_model(args: argparse.Namespace) -> tuple[Model, tuple[str, ...]]:
     checkpoint = open_checkpoint(path, **source_options(args))
     dtype = main_dtype(checkpoint.tensors) if args.dtype == "auto" else args.dtype
     a = checkpoint.architecture
+    _refuse_encoder(a, path)
     rows = a.vocab_size or a.padded_vocab_size  # padding is not converted
     return Model(replace(a, padded_vocab_size=rows), dtype), checkpoint.warnings
+
+
+def _refuse_encoder(architecture: Architecture, path: str) -> None:
+    """Raise UnsupportedError for a T5, whose two sides have texts of their own lengths."""
+    if architecture.kind == "t5":
+        raise UnsupportedError(
+            "mtt estimates decoders",
+            found=f"{path}, a T5",
+            expected="a GPT",
+            fix="its weights take the size that mtt inspect prints, divided by --tp",
+        )
 
 
 def _from_config(config: Mapping[str, object], path: str, dtype: str) -> Model:
@@ -142,6 +154,7 @@ def _from_config(config: Mapping[str, object], path: str, dtype: str) -> Model:
         # What is left out has no parameters and takes no memory.
         fields = {name: value for name, value in fields.items() if name not in family.neutral}
     architecture = family.architecture(fields)
+    _refuse_encoder(architecture, path)
     if dtype == "auto":
         dtype = architecture.params_dtype or _DEFAULT_DTYPE
     return Model(architecture, dtype)
@@ -199,7 +212,7 @@ def _parts(placement: Placement) -> str:
 
 def _facts(placement: Placement) -> dict[str, object]:
     layout = asdict(placement.layout)
-    del layout["vpp"]
+    del layout["vpp"], layout["etp"]
     return {
         **layout,
         "gpus": placement.num_gpus,

@@ -17,6 +17,7 @@ from ..hf_folder import plan_conversion
 from ..loading import from_megatron
 from ..logits import load_model, position_limit
 from ..pipeline import open_checkpoint
+from ..seq2seq import check_start, is_seq2seq
 from ..tokenizer import Tokenizer, read_tokenizer
 from .console import print_json, print_warnings, progress_bar, quiet_transformers, say
 from .ranks import launch
@@ -60,10 +61,14 @@ def continue_text(options: Mapping[str, Any]) -> dict[str, Any]:
     tokenizer = load_tokenizer(_tokenizer_files(args))
     model = _model(args)
     length = len(_ids(model, tokenizer, args.prompt))
+    after = "after the prompt"
+    if is_seq2seq(model):
+        check_start(model, args.source)
+        length, after = 1, "of an answer"
     room = _positions(model) - length + 1
     warnings = []
     if args.max_new_tokens > room:
-        warnings.append(f"the model has positions for {room} tokens after the prompt, not more")
+        warnings.append(f"the model has positions for {room} tokens {after}, not more")
     count = min(args.max_new_tokens, room)
     text = generate(model, tokenizer, args.prompt, count, args.temperature, args.seed)
     return {"text": text, "warnings": warnings}
@@ -117,7 +122,7 @@ def generate(
     temperature: float = 0.0,
     seed: int = 0,
 ) -> str:
-    """The prompt and its continuation.
+    """The prompt and its continuation; of an encoder-decoder what it writes about the prompt.
 
     Raises:
         UsageError: the prompt is nothing this model can read.

@@ -8,6 +8,7 @@ from collections import Counter
 from dataclasses import asdict
 
 from ..architecture import Architecture
+from ..card import active_text, experts_text, latents_text
 from ..checkpoint import Checkpoint
 from ..cli import source_options
 from ..families import exact_families
@@ -36,7 +37,7 @@ def _facts(checkpoint: Checkpoint) -> dict[str, object]:
         "evidence": list(checkpoint.evidence),
         "iteration": checkpoint.iteration,
         "iterations": list(checkpoint.iterations),
-        "layout": asdict(checkpoint.layout),
+        "layout": {n: size for n, size in asdict(checkpoint.layout).items() if size is not None},
         "architecture": asdict(checkpoint.architecture),
         "exact_model_types": list(exact_families(checkpoint.architecture)),
         "parameters": checkpoint.num_parameters,
@@ -69,14 +70,18 @@ def _print(checkpoint: Checkpoint) -> None:
             ("layout", None if checkpoint.config else checkpoint.layout),
             ("files", checkpoint.num_files),
             ("parameters", f"{checkpoint.num_parameters:,} in {len(checkpoint.tensors)} tensors"),
+            ("active", active_text(a)),
             ("size", size(checkpoint.num_bytes)),
             ("dtypes", ", ".join(f"{n} x {d}" for d, n in _dtypes(checkpoint).items())),
-            ("layers", a.num_layers),
+            ("layers", _layers(a)),
             ("hidden", a.hidden_size),
             ("attention", f"{a.num_attention_heads} heads of {a.kv_channels}"),
             ("groups", f"{a.num_query_groups}{', qk layernorm' if a.qk_layernorm else ''}"),
+            ("latents", latents_text(a)),
             ("mlp", f"{a.ffn_hidden_size}, {kind}{a.activation}"),
-            ("norm", f"{a.normalization}, eps {a.layernorm_epsilon:g}"),
+            ("experts", experts_text(a)),
+            ("further tokens", a.mtp_num_layers or None),
+            ("norm", _norms(a)),
             ("positions", f"{a.position_embedding_type}, {a.max_position_embeddings}"),
             ("windows", _windows(a)),
             ("biases", biases),
@@ -86,6 +91,17 @@ def _print(checkpoint: Checkpoint) -> None:
             ("left out", dropped_text(checkpoint.dropped)),
         )
     )
+
+
+def _layers(a: Architecture) -> str:
+    if a.kind != "t5":
+        return str(a.num_layers)
+    return f"{a.encoder_num_layers} in the encoder, {a.num_layers} in the decoder: a T5"
+
+
+def _norms(a: Architecture) -> str:
+    final = "" if a.final_layernorm else ", none after the last layers"
+    return f"{a.normalization}, eps {a.layernorm_epsilon:g}{final}"
 
 
 def _windows(a: Architecture) -> str:

@@ -12,11 +12,10 @@ from dataclasses import replace
 from ..checkpoint import Shard
 from ..errors import UnsupportedError
 from ..mapping import shorten
-from . import core_local, core_te, deepspeed, gpt_neox, legacy
+from . import core_local, core_te, deepspeed, gpt_neox, legacy, legacy_t5
 from .dialect import Dialect as Dialect
 
 _NOT_YET = (
-    (r"encoder\.layers\..*|.*\.(inter|cross)_attention\..*", "an encoder, as in T5"),
     (
         r"language_model\.(pooler|embedding\.tokentype_embeddings)\..*"
         r"|lm_head\.(dense|norm|layernorm)\..*|binary_head\..*",
@@ -33,6 +32,7 @@ DIALECTS: tuple[Dialect, ...] = (
     core_te.DIALECT,
     core_local.DIALECT,
     legacy.DIALECT,
+    legacy_t5.DIALECT,
     deepspeed.DIALECT,
     gpt_neox.DIALECT,
 )
@@ -54,7 +54,7 @@ def detect(names: Iterable[str]) -> Dialect:
             raise UnsupportedError(
                 f"the checkpoint has parameters of {kind}; mtt cannot convert those yet",
                 found=shorten(named, 4),
-                expected="a dense GPT",
+                expected="a dense GPT or a T5",
             )
     dialect = max(DIALECTS, key=lambda dialect: dialect.known(names))
     if not dialect.known(names):

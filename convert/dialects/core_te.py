@@ -4,7 +4,8 @@ Distributed checkpoints spell dense layers like this whatever the spec; so do ca
 norm before experts and that before latent attention stay modules of their own, and canonical names
 call them as in dense layers; distributed checkpoints of the local spec do so with the first.
 (megatron/core/models/gpt/gpt_layer_specs.py; the layers that predict further tokens,
-megatron/core/transformer/multi_token_prediction.py.)
+megatron/core/transformer/multi_token_prediction.py; T5, megatron/core/models/T5/t5_model.py and
+t5_spec.py, which give two names to a few modules: `COPIES` in parameters.py.)
 """
 
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from .dialect import Dialect
 from .modules import Modules
 
 LAYER, MTP_LAYER = "decoder.layers.{i}.", "mtp.layers.{i}.transformer_layer."
+ENCODER_LAYER = "encoder.layers.{i}."
 ROUTER = f"{LAYER}mlp.router.weight"
 LATENT = f"{LAYER}self_attention.linear_kv_down_proj.weight"
 NORM_1 = f"{LAYER}self_attention.linear_qkv.layer_norm_{{p}}"
@@ -43,7 +45,21 @@ def with_mtp(*rules: Rule) -> Iterator[Rule]:
     yield from _same("mtp.layers.{i}.final_layernorm.{p}")
 
 
-BEFORE = _same("embedding.word_embeddings.weight", "embedding.position_embeddings.weight")
+def of_encoder(*rules: Rule) -> Iterator[Rule]:
+    """The rules of an encoder layer, made from those of a plain decoder layer."""
+    for rule in rules:
+        yield Rule(
+            rule.source.replace(LAYER, ENCODER_LAYER), rule.target.replace(LAYER, ENCODER_LAYER)
+        )
+
+
+BEFORE = _same(
+    "embedding.word_embeddings.weight",
+    "embedding.position_embeddings.weight",
+    "position_embeddings.weight",
+    "encoder_relative_pos_emb.relative_attention_bias.weight",
+    "decoder_relative_pos_emb.relative_attention_bias.weight",
+)
 # What every spec spells alike.
 ATTENTION = _same(
     f"{LAYER}self_attention.linear_qkv.{{p}}",
@@ -65,9 +81,28 @@ MLP = _same(
     f"{LAYER}mlp.shared_experts.linear_fc2.{{p}}",
     f"{LAYER}mlp.shared_experts.gate_weight",
 )
-AFTER = _same("decoder.final_layernorm.{p}", "output_layer.weight")
+PLAIN_LAYER = _same(
+    f"{LAYER}self_attention.linear_qkv.{{p}}",
+    f"{LAYER}self_attention.linear_proj.{{p}}",
+    f"{LAYER}mlp.linear_fc1.{{p}}",
+    f"{LAYER}mlp.linear_fc2.{{p}}",
+)
+AFTER_ENCODER = _same("encoder.final_layernorm.{p}")
+CROSS_ATTENTION = _same(
+    f"{LAYER}pre_cross_attn_layernorm.{{p}}",
+    f"{LAYER}cross_attention.linear_q.{{p}}",
+    f"{LAYER}cross_attention.linear_kv.{{p}}",
+    f"{LAYER}cross_attention.linear_proj.{{p}}",
+)
+AFTER = _same(
+    "decoder.final_layernorm.{p}",
+    "output_layer.{p}",
+    "lm_head.output_layer.{p}",
+)
 RULES = RuleTable(
     *BEFORE,
+    *of_encoder(Rule(NORM_1, NORM_1), Rule(NORM_2, NORM_2), *PLAIN_LAYER),
+    *AFTER_ENCODER,
     *with_mtp(
         Rule(NORM_1, NORM_1, unless=LATENT),
         Rule(f"{LAYER}input_layernorm.{{p}}", NORM_1, beside=LATENT),
@@ -78,6 +113,7 @@ RULES = RuleTable(
             f"{LAYER}self_attention.linear_kv_up_proj.layer_norm_{{p}}",
         ),
         *ATTENTION,
+        *CROSS_ATTENTION,
         Rule(NORM_2, NORM_2, unless=ROUTER),
         Rule(f"{LAYER}pre_mlp_layernorm.{{p}}", NORM_2, beside=ROUTER),
         Rule(NORM_2, NORM_2, beside=ROUTER, one_way=True),
@@ -149,4 +185,30 @@ MODULES = Modules(
         )
     ),
     bare=frozenset(("self_attention.core_attention", "output_layer")),
+)
+_T5_ATTENTION = tuple(
+    f"self_attention.{module}" for module in ("core_attention", "linear_proj", "linear_qkv")
+)
+_T5_CROSS = tuple(
+    f"cross_attention.{module}"
+    for module in ("core_attention", "linear_proj", "linear_q", "linear_kv")
+)
+_T5_MLP = ("mlp.linear_fc1", "mlp.linear_fc2")
+_T5_LAYER = (*_T5_ATTENTION, "pre_cross_attn_layernorm", *_T5_CROSS, *_T5_MLP)
+_T5_AFTER = ("decoder.final_layernorm", "lm_head.output_layer", "output_layer")
+T5_MODULES = Modules(
+    before=(
+        "embedding.word_embeddings",
+        "embedding.position_embeddings",
+        "position_embeddings",
+        "encoder_relative_pos_emb.relative_attention_bias",
+        "decoder_relative_pos_emb.relative_attention_bias",
+    ),
+    encoder=(*_T5_ATTENTION, *_T5_MLP),
+    between=("encoder.final_layernorm",),
+    layer=_T5_LAYER,
+    after=_T5_AFTER,
+    mtp=((), ()),
+    stateful=frozenset((*_T5_LAYER, "encoder.final_layernorm", *_T5_AFTER)),
+    bare=frozenset((_T5_ATTENTION[0], _T5_CROSS[0])),
 )

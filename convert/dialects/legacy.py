@@ -52,10 +52,11 @@ _STACKS = ("language_model.encoder", "language_model.transformer", "transformer"
 _EMBEDDINGS = ("word_embeddings.weight", "position_embeddings.weight")
 
 
-def layer_rules(stacks: tuple[str, ...], skipped: str = " ") -> list[Rule]:
+def layer_rules(stacks: tuple[str, ...], skipped: str = " ", out: str = _OUT) -> list[Rule]:
     """A layer's names in all spellings, below each of these; only the very first is written.
 
-    Names within a layer that begin with `skipped` are left out.
+    Names within a layer that begin with `skipped` are left out; `out` is what the layer is called
+    on the other side.
     """
     rules = []
     for names, target in (*_LAYER, *_FUSED_NORMS):
@@ -65,7 +66,7 @@ def layer_rules(stacks: tuple[str, ...], skipped: str = " ") -> list[Rule]:
                     continue
                 written = stack == stacks[0] and name == _WRITTEN.get(target)
                 source = f"{stack}.{{i}}.{name}"
-                rules.append(Rule(source, f"{_OUT}.{target}", one_way=not written))
+                rules.append(Rule(source, f"{out}.{target}", one_way=not written))
     return rules
 
 

@@ -4,7 +4,8 @@ A state dict is a walk over modules: those of a layer in the order they were bui
 module its parameters, then `_extra_state` where the module has one. Transformer Engine keeps FP8
 scales there; without FP8 it is None or empty. Megatron-Core's own layers add the same key.
 
-    embedding, layers of the decoder, its norm, layers that predict further tokens, output layer
+    embedding, layers of a T5's encoder, its norm,
+    layers of the decoder, its norm, layers that predict further tokens, output layer
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
-_LAYERS = (re.compile(r"decoder\.layers\.(\d+)\."), re.compile(r"mtp\.layers\.(\d+)\."))
+_LAYERS = tuple(re.compile(rf"{stack}\.layers\.(\d+)\.") for stack in ("encoder", "decoder", "mtp"))
 _EXPERT = re.compile(r"(?<=\.experts\.)(?P<kind>local_experts|experts)\.(?P<e>\d+)\.")
 _PARAMETERS = re.compile(
     r"(?P<module>.+)\.(?P<name>layer_norm_weight|layer_norm_bias|gate_weight|weight|bias"
@@ -28,7 +29,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Modules:
-    """The modules of a GPT; those of a layer are named as within the layer, `{e}` is an expert.
+    """The modules of a GPT or a T5; those of a layer are named as within it, `{e}` is an expert.
 
     Attributes:
         before, layer, after: modules in order.
@@ -36,6 +37,7 @@ class Modules:
         stateful: those with an `_extra_state`.
         bare: those that have it with or without parameters of their own; distributed checkpoints
             leave their state out.
+        encoder, between: modules of a layer of a T5's encoder, and those after its layers.
     """
 
     before: tuple[str, ...]
@@ -44,6 +46,8 @@ class Modules:
     mtp: tuple[tuple[str, ...], tuple[str, ...]]
     stateful: frozenset[str]
     bare: frozenset[str]
+    encoder: tuple[str, ...] = ()
+    between: tuple[str, ...] = ()
 
     def state_dict(self, tensors: Mapping[str, T]) -> dict[str, T | None]:
         """The parameters of a stage in Megatron's order, with None for every `_extra_state`."""
@@ -75,9 +79,12 @@ class Modules:
     def _walk(self, names: Iterable[str]) -> Iterator[tuple[str, str]]:
         """Prefix and name of every module, in order."""
         names = list(names)
-        layers, mtp = ({int(m[1]) for n in names if (m := p.match(n))} for p in _LAYERS)
+        encoder, layers, mtp = ({int(m[1]) for n in names if (m := p.match(n))} for p in _LAYERS)
         experts = _experts(names)
         yield from (("", module) for module in self.before)
+        for layer in sorted(encoder):
+            yield from ((f"encoder.layers.{layer}.", module) for module in self.encoder)
+        yield from (("", module) for module in self.between)
         for layer in sorted(layers):
             yield from self._layer(f"decoder.layers.{layer}.", experts)
         for module in self.after:

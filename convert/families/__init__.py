@@ -17,6 +17,7 @@ from . import (
     mistral,
     mixtral,
     mtt,
+    mtt_seq2seq,
     nemotron,
     qwen2,
     qwen2_moe,
@@ -32,6 +33,7 @@ FAMILIES: Mapping[str, Family] = {
     module.FAMILY.name: module.FAMILY
     for module in (
         mtt,
+        mtt_seq2seq,
         llama,
         qwen2,
         qwen3,

@@ -56,6 +56,7 @@ class Family:
 
     Attributes:
         name: the `model_type` of `config.json`.
+        kind: `kind` of the architectures it computes.
         causal_lm: the class with a language-model head.
         base_model: the class without.
         prefix: what the names of the base model's tensors begin with in `causal_lm`.
@@ -77,12 +78,14 @@ class Family:
             and choose its attention, in all versions mtt supports; `auto` takes no other.
         auto_map: where the Auto classes find code that travels with the weights.
         code: the package whose modules travel with the weights.
+        auto_class: the Auto class that loads it.
     """
 
     name: str
     causal_lm: str
     base_model: str
     prefix: str
+    kind: str = "gpt"
     rules: Callable[[Architecture], RuleTable]
     fields: tuple[Field, ...]
     fixed: Mapping[str, object] = field(default_factory=dict)
@@ -98,6 +101,7 @@ class Family:
     has_attention_backends: bool = True
     auto_map: Mapping[str, str] = field(default_factory=dict)
     code: str | None = None
+    auto_class: str = "AutoModelForCausalLM"
 
     def architecture(self, config: Config) -> Architecture:
         """What a model with this `config.json` computes.

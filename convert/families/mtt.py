@@ -143,6 +143,7 @@ FAMILY = Family(
         "attention_dropout": 0.0,
         "hidden_dropout": 0.0,
         "initializer_range": 0.02,
+        "num_experts_per_tok": 2,
         "scoring_func": "softmax",
         "norm_topk_prob": True,
         "routed_scaling_factor": 1.0,

@@ -82,6 +82,7 @@ def open_folder(place: Place, skip_keys: frozenset[str] = frozenset()) -> RawChe
         IncompleteError: a rank's file is missing.
         InconsistentError: ranks stem from different iterations or layouts.
         MappingError: an entry holds tensors and is neither the model nor a known kind of state.
+        UnsupportedError: a T5 whose encoder is divided otherwise than its decoder.
         CorruptError, UnsafePickleError: a file cannot be read as data.
     """
     files = _rank_files(place.folder)
@@ -175,7 +176,27 @@ def _sizes(args: Mapping[str, object] | None, files: list[_RankFile]) -> Layout:
         ("expert_model_parallel_size",),
     )
     tp, pp, ep = (size_in(args, *n) or most for n, most in zip(names, widest, strict=True))
+    pp += _encoder_stages(args, tp)
     return Layout(tp=tp, pp=pp, ep=ep, etp=_expert_tp(args, tp))
+
+
+def _encoder_stages(args: Mapping[str, object] | None, tp: int) -> int:
+    """Stages of a T5's encoder before those that the size of the pipeline counts.
+
+    (Megatron-LM core_v0.9 to v0.13, whose decoder had a pipeline of its own.)
+
+    Raises:
+        UnsupportedError: they are divided over other tensor-parallel ranks than the decoder's.
+    """
+    stages = size_in(args, "encoder_pipeline_model_parallel_size") or 0
+    ranks = size_in(args, "encoder_tensor_model_parallel_size") or tp
+    if stages and ranks != tp:
+        raise UnsupportedError(
+            "encoder and decoder are divided over different numbers of ranks",
+            found=f"encoder_tensor_model_parallel_size = {ranks}",
+            expected=f"tensor_model_parallel_size = {tp} for both",
+        )
+    return stages
 
 
 def _expert_tp(args: Mapping[str, object] | None, tp: int) -> int | None:

@@ -53,14 +53,18 @@ _STATE = re.compile(
     r"|(?P<rerun>rerun_state_machine_state.*)"
     r"|(?P<extra>.*\._extra_state(/.*)?)"
 )
-_MODEL = re.compile(r"(module\.)?(embedding|encoder|decoder|output_layer|mtp)\b")
+_MODEL = re.compile(
+    r"(module\.)?"
+    r"(embedding|encoder|decoder|output_layer|mtp|lm_head|position_embeddings"
+    r"|(encoder|decoder)_relative_pos_emb)\b"
+)
 # NeMo saves the model within what wraps it.
 _WRAPPER = "module."
 _GATE, _UP = "_w", "_v"
 _KINDS = {"optimizer": "optimizer", "rng": "rng", "rerun": "rerun state", "extra": "_extra_state"}
-_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
+_LAYER = re.compile(r"(encoder|decoder)\.layers\.(\d+)\.(.+)")
 _EXPERT = re.compile(r"(.+\.mlp\.experts\.experts\.)(\d+)\.(.+)")
-_STACKED = re.compile(r"decoder\.layers\.(?!\d+\.)(.+)")
+_STACKED = re.compile(r"(encoder|decoder)\.layers\.(?!\d+\.)(.+)")
 
 
 def holds_model(folder: str) -> bool:
@@ -274,7 +278,7 @@ def _numbered(name: str, tensor: LazyTensor) -> dict[str, LazyTensor]:
     if not hit:
         return {name: tensor}
     layers = tensor.unstack()
-    return {f"decoder.layers.{layer}.{hit[1]}": part for layer, part in enumerate(layers)}
+    return {f"{hit[1]}.layers.{layer}.{hit[2]}": part for layer, part in enumerate(layers)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,11 +286,11 @@ class Stacking:
     """What stands in one tensor: the layers, if they are all alike, and the experts of a layer.
 
     Attributes:
-        num_layers: layers; None if they are numbered.
+        num_layers: layers of `encoder` and `decoder`; None if they are numbered.
         num_experts: experts.
     """
 
-    num_layers: int | None
+    num_layers: Mapping[str, int] | None
     num_experts: int = 1
 
 
@@ -406,8 +410,8 @@ def _axes(name: str, stacking: Stacking) -> tuple[str, Ints, Ints]:
     if hit := _EXPERT.fullmatch(name):
         name, index, sizes = hit[1] + hit[3], (int(hit[2]),), (stacking.num_experts,)
     if (hit := _LAYER.fullmatch(name)) and stacking.num_layers is not None:
-        name = f"decoder.layers.{hit[2]}"
-        index, sizes = (int(hit[1]), *index), (stacking.num_layers, *sizes)
+        name = f"{hit[1]}.layers.{hit[3]}"
+        index, sizes = (int(hit[2]), *index), (stacking.num_layers[hit[1]], *sizes)
     return name, index, sizes
 
 

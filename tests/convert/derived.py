@@ -52,7 +52,8 @@ _ABSENT = """
     deepspeed.runtime.zero deepspeed.runtime.zero.config deepspeed.utils
     deepspeed.utils.tensor_fragment megatron megatron.core megatron.core.enums
     megatron.core.transformer megatron.core.transformer.enums megatron.enums megatron.fp16
-    megatron.fp16.loss_scaler megatron.model megatron.model.enums
+    megatron.core.rerun_state_machine megatron.fp16.loss_scaler megatron.model
+    megatron.model.enums
 """.split()
 _MODULES = {name: _Module(name) for name in _ABSENT}
 

@@ -190,18 +190,43 @@ GOLDEN: dict[str, dict[str, object]] = {
     "mcore/nemotron": {"activation": "squared_relu", "layernorm_zero_centered_gamma": True},
     "mcore-te/gpt": {"has_qkv_bias": True},
     "mcore-te/llama": {"has_qkv_bias": False},
-    "mcore/mixtral": {"error": "num_experts = 4"},
-    "mcore/moe_mixed": {"error": "num_experts = 4"},
-    "mcore/mla": {"error": "multi_latent_attention = True"},
-    "mcore/mtp": {"error": "mtp_num_layers = 1"},
-    "mcore/t5": {"error": "decoder_num_layers = 3"},
+    "mcore/mixtral": {
+        "num_experts": 4,
+        "moe_ffn_hidden_size": 96,
+        "moe_layer_pattern": (1, 1, 1, 1),
+        "moe_router_topk": 2,
+        "moe_router_pre_softmax": False,
+    },
+    "mcore/moe_mixed": {
+        "moe_layer_pattern": (0, 1, 1, 1),
+        "moe_router_score_function": "sigmoid",
+        "moe_router_topk_scaling_factor": 2.5,
+        "moe_router_enable_expert_bias": True,
+        "moe_shared_expert_intermediate_size": 64,
+    },
+    "mcore/mla": {
+        "multi_latent_attention": True,
+        "kv_channels": 24,
+        "num_query_groups": 8,
+        "rotary_interleaved": True,
+        "moe_router_num_groups": 2,
+        "rope_type": "rope",
+    },
+    "mcore/mtp": {"mtp_num_layers": 1},
+    "mcore/t5": {"kind": "t5", "encoder_num_layers": 3, "final_layernorm": False},
+    "mcore-te/t5_te": {"kind": "t5", "num_layers": 3, "final_layernorm": True},
     "legacy/v1.0-ckptver0-gpt2-tp2pp1": {"ffn_hidden_size": 256, "kv_channels": 16},
     "legacy/v1.0-ckptver0-RELEASE-oldserial-fp16-gpt2-tp1pp1": {"padded_vocab_size": 504},
     "legacy/git-d763f54a21-ckptver1-gpt2-tp2pp1": {"activation": "gelu"},
     "legacy/v2.0-ckptver3-gpt2-tp2pp2": {"activation": "gelu", "vocab_size": None},
     "legacy/v2.6-ckptver3-gpt2-tp1pp1": {"activation": "gelu"},
     "legacy/core_v0.12.0-llama-tp2pp1": {"vocab_size": 497, "num_query_groups": 2},
-    "legacy/core_v0.12.0-t5-tp1pp1": {"error": "decoder_num_layers = 2"},
+    "legacy/core_v0.12.0-t5-tp1pp1": {
+        "kind": "t5",
+        "encoder_num_layers": 3,
+        "num_layers": 2,
+        "final_layernorm": True,
+    },
     "legacy/megatron-deepspeed-346b89a6-2021-gpt2-tp1pp1": {"activation": "gelu"},
     "legacy/megatron-deepspeed-6acc370a-gpt2-tp2pp2": {"normalization": "LayerNorm"},
     "legacy/megatron-deepspeed-6acc370a-llama-tp2pp1": {"normalization": "RMSNorm"},
@@ -262,18 +287,17 @@ def test_objects_of_unknown_classes_are_never_neutral(name: str) -> None:
 
 
 def test_all_refused_arguments_are_named_at_once() -> None:
-    odd = {**CORE, "num_experts": 8, "mtp_num_layers": 1, "softmax_type": "learnable"}
+    odd = {**CORE, "modelopt_enabled": True, "no_rope_freq": 2, "softmax_type": "learnable"}
     with pytest.raises(UnsupportedError) as caught:
         architecture_from_args(odd)
-    assert caught.value.found == (
-        "mtp_num_layers = 1 (layers that predict further tokens; mtt would drop them); "
-        "softmax_type = 'learnable' (a softmax with an offset or a learned sink); "
-        "num_experts = 8 (mixture of experts)"
+    assert str(caught.value.found).split(" (")[0] == "modelopt_enabled = True"
+    assert "softmax_type = 'learnable' (a softmax with an offset or a learned sink); " in str(
+        caught.value.found
     )
     assert caught.value.expected == (
-        "mtp_num_layers = None; softmax_type = vanilla; num_experts = None"
+        "modelopt_enabled = False; softmax_type = vanilla; no_rope_freq = None"
     )
-    assert "--set softmax_type=vanilla --set num_experts=None" in str(caught.value.fix)
+    assert "--set softmax_type=vanilla --set no_rope_freq=None" in str(caught.value.fix)
 
 
 @pytest.mark.parametrize(
@@ -851,11 +875,11 @@ def test_overrides_that_contradict_the_tensors(said: dict[str, object], words: s
 
 def test_messages_have_one_shape() -> None:
     with pytest.raises(MTTError) as caught:
-        architecture_from_args({**CORE, "num_experts": 8})
+        architecture_from_args({**CORE, "num_experts_switch": 8})
     assert str(caught.value) == (
         "the model computes something that mtt cannot represent\n"
-        "  found:    num_experts = 8 (mixture of experts)\n"
-        "  expected: num_experts = None\n"
+        "  found:    num_experts_switch = 8 (mixture of experts)\n"
+        "  expected: num_experts_switch = None\n"
         "  fix:      mtt converts plain GPT models; if this is one all the same, "
-        "--set num_experts=None"
+        "--set num_experts_switch=None"
     )

@@ -91,7 +91,30 @@ class Case:
         return _from_config(json.loads((folder / "config.json").read_text()), str(folder), "auto")
 
 
+MOE = {
+    **LLAMA,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 192,
+    "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"],
+    "shared_expert_intermediate_size": 128,
+}
+MLA = {
+    **MOE,
+    "num_key_value_heads": None,
+    "kv_lora_rank": 64,
+    "q_lora_rank": 96,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 32,
+    "use_qk_norm": True,
+    "rope_interleave": True,
+}
 ALONE = [
+    Case("experts", MOE),
+    Case("experts", {**MOE, "mlp_layer_types": None}, dtype="bfloat16"),
+    Case("latents", MLA),
+    Case("further-tokens", {**LLAMA, "num_nextn_predict_layers": 1}),
     Case("gpt"),
     Case("gpt", dtype="bfloat16"),
     Case("gpt", length=500, batch=1),
@@ -125,6 +148,8 @@ def test_one_process_holds_what_was_estimated(case: Case, tmp_path: Path) -> Non
     [
         (Case("gpt"), 2, 2),
         (Case("llama", {**LLAMA, "num_key_value_heads": 1}), 2, 1),  # a head for two processes
+        (Case("experts", MOE), 2, 1),
+        (Case("latents", MLA), 2, 1),
         (Case("gpt", {"embedding_norm": True}), 1, 4),  # stages that are neither first nor last
     ],
     ids=str,

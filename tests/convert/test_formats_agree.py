@@ -21,7 +21,7 @@ from safetensors.numpy import load_file
 from mtt_convert import convert, diff, open_checkpoint
 from mtt_convert.errors import IncompleteError, InconsistentError, UnsupportedError
 from mtt_convert.logits import compare_logits
-from tests.convert.surgery import copy_of, edited_metadata, run
+from tests.convert.surgery import copy_of, edited_metadata
 
 Golden = Callable[[str], Path]
 
@@ -137,12 +137,6 @@ def test_inspect_names_the_format_and_why(row: Row, golden: Golden) -> None:
     assert why[row.format] in evidence
     assert ("layers are numbered" in evidence) == ("singleton" in row.path)
     assert ("gate and up of the MLP are apart" in evidence) == ("singleton" in row.path)
-
-
-def test_experts_in_singleton_shards_are_refused_by_name(golden: Golden) -> None:
-    code, _, err = run("inspect", golden("mcore/moe_mixed/singleton_ep2/torch_dist"))
-    assert code == 3
-    assert "a mixture of experts" in err
 
 
 class TestHalves:

@@ -236,13 +236,7 @@ def test_two_spellings_of_one_parameter(root: Path, tmp_path: Path) -> None:
     refused(root, tmp_path / "out", MappingError, says="several sources")
 
 
-@pytest.mark.parametrize(
-    ("name", "says"),
-    [
-        ("legacy/core_v0.12.0-bert-tp2pp1", "BERT"),
-        ("legacy/core_v0.12.0-t5-tp1pp1", "T5"),
-    ],
-)
+@pytest.mark.parametrize(("name", "says"), [("legacy/core_v0.12.0-bert-tp2pp1", "BERT")])
 def test_what_is_no_gpt(name: str, says: str, golden: Golden, tmp_path: Path) -> None:
     refused(golden(name), tmp_path / "out", UnsupportedError, says=says)
 

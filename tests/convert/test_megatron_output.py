@@ -51,6 +51,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "mcore-te/gpt/tp2pp2/torch": {"tp": 2, "pp": 2},
     "mcore-te/llama/tp2pp2/torch": {"tp": 2, "pp": 2},
     "mcore-te/llama/tp2pp2/torch_dist": {"tp": 2, "pp": 2},
+    "mcore/t5/tp2/torch": {"tp": 2},
+    "mcore-te/t5_te/tp2/torch_dist": {"tp": 2},
     "mcore/mixtral/ep2/torch": {"ep": 2},
     "mcore/mixtral/tp2ep2/torch": {"tp": 2, "ep": 2},
     "mcore/mixtral/tp2ep2/torch_dist": {"tp": 2, "ep": 2},

@@ -3,7 +3,8 @@
 The checkpoints here have gigabytes of weights and take no room: their storages are holes in sparse
 files, on the RAM disk where there is one, because there the kernel reads holes without filling its
 cache. They are converted by a process that the kernel gives 256 MB per worker beyond what the
-interpreter and its imports have, into a sink that counts.
+interpreter and its imports have, into a sink that counts. Every worker reads ahead, as where there
+are many cores.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -23,20 +25,25 @@ import torch
 from torch.distributed.checkpoint import metadata as dcp
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
+from tests.convert import sparse
+
 HIDDEN, FFN, VOCAB, TP = 3072, 32768, 524288, 2
 LAYERS = 2
 RAM_DISK = "/dev/shm"
 EMBEDDING_BYTES = 2 * VOCAB * HIDDEN  # 3.2 GB
+BYTES_PER_WORKER = 256_000_000
 NUM_BYTES = 2 * EMBEDDING_BYTES + 2 * HIDDEN * (LAYERS * (3 * HIDDEN + 3 * FFN + 2) + 1)
 
 CONVERT = """
 import json, resource, sys, threading
 import numpy
-from mtt_convert import execute, open_checkpoint, plan_conversion
+from mtt_convert import execute, open_checkpoint, plan_conversion, reading
 from mtt_convert.commands import convert
 
 path, workers, bound = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 options = json.loads(sys.argv[4])
+execute.num_cores = lambda: 8
+exec(sys.argv[5])
 
 
 class Sink:
@@ -79,7 +86,9 @@ except MemoryError:
 print(json.dumps({
     "opening": opening,
     "num_bytes": sink.num_bytes,
-    "whole": sink.num_tensors == plan.num_tensors and sink.num_files == len(plan.files) > 2,
+    "whole": sink.num_tensors == plan.num_tensors and sink.num_files == len(plan.files),
+    "num_files": sink.num_files,
+    "largest": max(t.num_bytes for file in plan.files for t in file.tensors),
     "enforced": enforced,
     "imported": sorted({"torch", "transformers", "safetensors"} & set(sys.modules)),
 }))
@@ -189,7 +198,19 @@ def checkpoint(request: pytest.FixtureRequest) -> Iterator[Path]:
         yield folder
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the limit and the counters are Linux's")
+def convert(
+    folder: Path, num_workers: int, options: dict[str, object], change: str = ""
+) -> subprocess.CompletedProcess[str]:
+    """Convert in a process of 256 MB per worker; `change` is run there before."""
+    bound = BYTES_PER_WORKER * num_workers
+    command = [sys.executable, "-c", CONVERT, str(folder), str(num_workers), str(bound)]
+    return subprocess.run([*command, json.dumps(options), change], capture_output=True, text=True)
+
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="the limit and the counters are Linux's")
+
+
+@linux
 @pytest.mark.parametrize(
     ("num_workers", "options"),
     [
@@ -203,11 +224,8 @@ def checkpoint(request: pytest.FixtureRequest) -> Iterator[Path]:
 def test_memory_does_not_grow_with_the_model(
     checkpoint: Path, num_workers: int, options: dict[str, object]
 ) -> None:
-    bound = 256_000_000 * num_workers
-    assert bound < EMBEDDING_BYTES / 6
-    command = [sys.executable, "-c", CONVERT, str(checkpoint), str(num_workers), str(bound)]
-    command.append(json.dumps(options))
-    process = subprocess.run(command, capture_output=True, text=True)
+    assert BYTES_PER_WORKER * num_workers < EMBEDDING_BYTES / 6
+    process = convert(checkpoint, num_workers, options)
     assert process.returncode == 0, process.stderr
     result = json.loads(process.stdout)
     assert result["opening"] < NUM_BYTES / 100
@@ -215,6 +233,45 @@ def test_memory_does_not_grow_with_the_model(
     # Ranks of a `torch` checkpoint hold copies of the norms.
     copies = 2 * HIDDEN * (2 * LAYERS + 1) * 3 if options.get("to") == "torch" else 0
     assert result["num_bytes"] == NUM_BYTES + copies
-    assert result["whole"]
+    assert result["whole"] and result["num_files"] > 2
     assert result["enforced"]
     assert result["imported"] == []
+
+
+@contextmanager
+def sparse_llama(num_layers: int, hidden_size: int) -> Iterator[Path]:
+    """A checkpoint of TP4 x PP1, all hole."""
+    place = RAM_DISK if os.access(RAM_DISK, os.W_OK) else None
+    with tempfile.TemporaryDirectory(prefix="mtt-tests-", dir=place) as root:
+        sparse.write_torch(Path(root), sparse.llama(num_layers, hidden_size), tp=4, pp=1)
+        yield Path(root)
+
+
+@linux
+@pytest.mark.parametrize(
+    ("gigabytes", "num_layers", "hidden_size"),
+    [
+        (2, 1, 6144),
+        pytest.param(8, 3, 8192, marks=pytest.mark.slow),
+        pytest.param(32, 15, 8192, marks=pytest.mark.slow),
+    ],
+)
+def test_a_worker_needs_256_mb_at_any_size(
+    gigabytes: int, num_layers: int, hidden_size: int
+) -> None:
+    """All of it is read and hashed: 32 GB of zeros take about ten seconds."""
+    with sparse_llama(num_layers, hidden_size) as folder:
+        process = convert(folder, 1, {})
+    assert process.returncode == 0, process.stderr
+    result = json.loads(process.stdout)
+    assert 0.9 * gigabytes < result["num_bytes"] / 1e9 < 1.1 * gigabytes
+    assert result["largest"] > BYTES_PER_WORKER  # so that no tensor can be held whole
+    assert result["whole"] and result["enforced"]
+
+
+@linux
+def test_the_limit_stops_an_engine_that_holds_a_tensor() -> None:
+    with sparse_llama(1, 6144) as folder:
+        process = convert(folder, 1, {}, "reading.WINDOW_BYTES = 1 << 40")
+    assert process.returncode != 0
+    assert "MemoryError" in process.stderr

@@ -645,7 +645,7 @@ BROKEN: dict[str, Callable[[Path], object]] = {
     "rank": lambda root: shard(root).unlink(),
     "cut": lambda root: os.truncate(shard(root), 99),
     "tracker": lambda root: (root / "latest_checkpointed_iteration.txt").write_text("x"),
-    "args": lambda root: set_arguments(root, num_experts=8),
+    "args": lambda root: set_arguments(root, softmax_type="learnable"),
     "all": lambda root: [path.unlink() for path in shards(root)],
 }
 

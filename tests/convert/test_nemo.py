@@ -179,7 +179,7 @@ class TestArchives:
             {"transformer_block_type": "post_ln"},
             {"normalize_attention_scores": False},
             {"position_embedding_type": "alibi"},
-            {"num_moe_experts": 8},
+            {"softmax_type": "learnable"},
         ],
         ids=str,
     )
@@ -269,8 +269,8 @@ class TestFolders:
             open_checkpoint(bridge)
 
     def test_what_it_may_say_that_mtt_cannot(self, bridge: Path) -> None:
-        self.say(bridge, {**PROVIDER, "num_moe_experts": 8})
-        with pytest.raises(UnsupportedError, match="mixture of experts"):
+        self.say(bridge, {**PROVIDER, "num_moe_experts": 8, "moe_expert_capacity_factor": 1.0})
+        with pytest.raises(UnsupportedError, match="drop tokens beyond a capacity"):
             open_checkpoint(bridge)
 
 

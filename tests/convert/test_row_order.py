@@ -93,6 +93,33 @@ def test_rows_of_each_rank(
     assert (numbers == np.concatenate(wanted)).all()
 
 
+@pytest.mark.parametrize("kind", ["weight", "bias"])
+@pytest.mark.parametrize("joined", [False, True])
+@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("order", ["block", "element", "paired", "head"])
+def test_keys_and_values_of_cross_attention(
+    order: str, tp: int, joined: bool, kind: str, tmp_path: Path
+) -> None:
+    """[g, (key, value), d] from all keys and all values, or from pairs of channels."""
+    name, groups = f"decoder.layers.0.cross_attention.linear_kv.{kind}", 4 // tp
+    parts, wanted = [], []
+    for rank in range(tp):
+        rows = rank * 16 + np.arange(groups * 2 * 2).reshape(groups, 2, 2)
+        wanted.append(rows.ravel())
+        axes = {"block": (1, 0, 2), "element": (0, 2, 1)}.get(order, (0, 1, 2))
+        mixed = rows.transpose(axes).ravel()
+        values = mixed[:, None] * 10 + np.arange(3) if kind == "weight" else mixed
+        parts.append(stored(tmp_path, str(rank), values))
+    tensors = [concat(parts)] if joined else parts
+    held = {name: [Shard("file", {name: tensor}, tp=n) for n, tensor in enumerate(tensors)]}
+    found = in_head_order(held, order, architecture(4, 4), tp, len(tensors))[name]
+    numbers = np.concatenate([elements(shard.tensors[name]) for shard in found])
+    if kind == "weight":
+        assert (numbers % 10 == np.arange(3)).all()
+        numbers = numbers[:, 0] // 10
+    assert (numbers == np.concatenate(wanted)).all()
+
+
 @pytest.mark.parametrize("joined", [False, True])
 def test_gates_come_first(joined: bool, tmp_path: Path) -> None:
     name = FC1.format("weight")

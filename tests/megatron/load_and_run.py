@@ -1,15 +1,17 @@
-"""Load checkpoints into Megatron-Core's own GPTModel and compute logits with it.
+"""Load checkpoints into Megatron-Core's own GPTModel or T5Model and compute logits with it.
 
     torchrun --nproc-per-node 4 load_and_run.py CASES RESULTS
 
-CASES is a JSON object: name -> `checkpoint`, `tp`, `pp`, `vpp`, `logits`, `num_tokens` (logits to
-compare: the others are of padding) and `left_over` (what a torch_dist checkpoint may hold beside
-the model). RESULTS gets, for each name, `difference` (the largest, over all logits and all ranks
-that have any) or `error`.
+CASES is a JSON object: name -> `checkpoint`, `tp`, `pp`, `vpp`, `ep` (expert parallelism, with
+whole experts), `logits`, `num_tokens` (logits to compare: the others are of padding) and
+`left_over` (what a torch_dist checkpoint may hold beside the model). RESULTS gets, for each name,
+`difference` (the largest, over all logits and all ranks that have any) or `error`. Where the file
+of logits has some of further tokens, `mtp0_logits` and so on, those are compared too.
 
 The model is built from the checkpoint's own `args`, as `core_transformer_config_from_args` and
-`gpt_builder` do; only the parallel sizes are the case's. Every parameter starts as NaN, so one
-that is not loaded shows in the logits.
+`gpt_builder` or pretrain_t5.py do; only the parallel sizes are the case's, and `final_layernorm`:
+whether the blocks of a T5 end with a norm, as they do where Transformer Engine is installed.
+Every parameter starts as NaN, so one that is not loaded shows in the logits.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import sys
 import time
 import traceback
 from argparse import Namespace
+from copy import deepcopy
 from datetime import timedelta
 from itertools import groupby
 from pathlib import Path
@@ -32,9 +35,20 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.activations import squared_relu
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_decoder_block_spec,
+    get_gpt_layer_local_spec,
+    get_gpt_mtp_block_spec,
+)
+from megatron.core.models.T5 import T5Model
+from megatron.core.models.T5.t5_spec import (
+    get_t5_decoder_with_local_block_spec,
+    get_t5_encoder_with_local_block_spec,
+)
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnBackend
+from megatron.core.transformer.torch_norm import WrappedTorchNorm
+from megatron.core.transformer.transformer_config import MLATransformerConfig
 from torch.distributed.checkpoint.api import CheckpointException  # a BaseException
 from torch.nn.functional import gelu, silu
 
@@ -47,7 +61,8 @@ def iteration_folder(root: Path) -> Path:
 
 def transformer_config(args: Namespace, case: dict[str, Any]) -> TransformerConfig:
     """The configuration that Megatron's training script makes of the same arguments."""
-    names = {field.name for field in dataclasses.fields(TransformerConfig)}
+    kind = MLATransformerConfig if args.multi_latent_attention else TransformerConfig
+    names = {field.name for field in dataclasses.fields(kind)}
     fields = {name: value for name, value in vars(args).items() if name in names}
     if case["pp"] != args.pipeline_model_parallel_size:  # an uneven layout is for one size only
         fields["pipeline_model_parallel_layout"] = None
@@ -62,7 +77,11 @@ def transformer_config(args: Namespace, case: dict[str, Any]) -> TransformerConf
         activation_func=silu if args.swiglu else squared_relu if args.squared_relu else gelu,
         gated_linear_unit=args.swiglu,
         bias_activation_fusion=args.bias_gelu_fusion and not args.swiglu,
-        moe_ffn_hidden_size=None,  # as load_args_from_checkpoint does without experts
+        # As load_args_from_checkpoint does without experts.
+        moe_ffn_hidden_size=args.moe_ffn_hidden_size if args.num_experts else None,
+        num_moe_experts=args.num_experts,
+        expert_model_parallel_size=case.get("ep", 1),
+        expert_tensor_parallel_size=1 if args.num_experts else None,
         # How it is computed, not what:
         attention_backend=AttnBackend.unfused,
         pipeline_dtype=torch.float32,
@@ -75,19 +94,31 @@ def transformer_config(args: Namespace, case: dict[str, Any]) -> TransformerConf
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
         apply_rope_fusion=False,
+        moe_token_dispatcher_type="allgather",
+        moe_grouped_gemm=False,
+        moe_permute_fusion=False,
+        moe_router_fusion=False,
     )
-    return TransformerConfig(**fields)
+    return kind(**fields)
 
 
-def build_chunks(args: Namespace, case: dict[str, Any]) -> list[GPTModel]:
-    """This rank's part of the model, one GPTModel per virtual pipeline stage."""
+def build_chunks(args: Namespace, case: dict[str, Any]) -> list[GPTModel | T5Model]:
+    """This rank's part of the model, one GPTModel per virtual pipeline stage, or a T5Model."""
     config = transformer_config(args, case)
-    spec = get_gpt_layer_local_spec(
+    if args.decoder_num_layers is not None:
+        return [build_t5(args, config, case)]
+    spec: Any = get_gpt_layer_local_spec(
         qk_layernorm=config.qk_layernorm, normalization=config.normalization
     )
     chunks = []
     for stage in range(case["vpp"]):
         virtual = {"ignore_virtual": False, "vp_stage": stage} if case["vpp"] > 1 else {}
+        numbered = {"vp_stage": stage} if case["vpp"] > 1 else {}
+        if args.num_experts or args.multi_latent_attention:
+            spec = get_gpt_decoder_block_spec(
+                config, False, normalization=config.normalization, **numbered
+            )
+        further = get_gpt_mtp_block_spec(config, spec, False, **numbered)
         chunk = GPTModel(
             config=config,
             transformer_layer_spec=spec,
@@ -105,11 +136,40 @@ def build_chunks(args: Namespace, case: dict[str, Any]) -> list[GPTModel]:
             rope_scaling_factor=args.rope_scaling_factor,
             seq_len_interpolation_factor=args.rotary_seq_len_interpolation_factor,
             vp_stage=stage if case["vpp"] > 1 else None,
+            mtp_block_spec=further if args.mtp_num_layers else None,
         )
         for parameter in chunk.parameters():
             torch.nn.init.constant_(parameter, float("nan"))
         chunks.append(chunk.eval())
     return chunks
+
+
+def build_t5(args: Namespace, config: TransformerConfig, case: dict[str, Any]) -> T5Model:
+    """This rank's part of a T5."""
+    encoder_config = deepcopy(config)
+    encoder_config.num_layers = args.encoder_num_layers
+    config.num_layers = args.decoder_num_layers
+    specs = (
+        get_t5_encoder_with_local_block_spec(encoder_config.num_layers),
+        get_t5_decoder_with_local_block_spec(config.num_layers),
+    )
+    for spec in specs:
+        spec.layer_norm = WrappedTorchNorm if case["final_layernorm"] else None
+    model = T5Model(
+        config=config,
+        encoder_config=encoder_config,
+        transformer_encoder_layer_spec=specs[0],
+        transformer_decoder_layer_spec=specs[1],
+        vocab_size=args.padded_vocab_size,
+        max_sequence_length=args.max_position_embeddings,
+        parallel_output=True,
+        share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
+        position_embedding_type=args.position_embedding_type,
+        rotary_percent=args.rotary_percent,
+    )
+    for parameter in model.parameters():
+        torch.nn.init.constant_(parameter, float("nan"))
+    return model.eval()
 
 
 def chunk_keys(chunks: list[GPTModel]) -> list[str]:
@@ -122,6 +182,8 @@ def load_torch(folder: Path, case: dict[str, Any]) -> tuple[Namespace, list[GPTM
     name = f"mp_rank_{parallel_state.get_tensor_model_parallel_rank():02d}"
     if case["pp"] > 1:
         name += f"_{parallel_state.get_pipeline_model_parallel_rank():03d}"
+    if case.get("ep", 1) > 1:
+        name += f"_{parallel_state.get_expert_model_parallel_rank():03d}"
     content = torch.load(folder / name / "model_optim_rng.pt", map_location="cpu")
     args = content["args"]
     chunks = build_chunks(args, case)
@@ -156,9 +218,25 @@ def load_torch_dist(folder: Path, case: dict[str, Any]) -> tuple[Namespace, list
 
 
 @torch.no_grad()
-def logits(args: Namespace, chunks: list[GPTModel], input_ids: torch.Tensor) -> torch.Tensor | None:
-    """[batch, sequence, vocabulary] on the last pipeline stage; None on the others."""
+def logits(
+    args: Namespace, chunks: list[GPTModel | T5Model], reference: dict[str, np.ndarray]
+) -> torch.Tensor | None:
+    """[batch, sequence, vocabulary] on the last pipeline stage; None on the others.
+
+    With layers for further tokens, the logits of each follow those of the model along the sequence.
+    """
+    input_ids = torch.from_numpy(reference["input_ids"]).long()
     batch, length = input_ids.shape
+    if isinstance(chunks[0], T5Model):
+        decoder_ids = torch.from_numpy(reference["decoder_input_ids"]).long()
+        size = decoder_ids.shape[1]
+        seen = torch.ones(batch, length, dtype=torch.bool)
+        if "encoder_attention_mask" in reference:
+            seen = torch.from_numpy(reference["encoder_attention_mask"]).bool()
+        hidden = ~(seen[:, None, :, None] & seen[:, None, None, :])
+        causal = torch.ones(size, size, dtype=torch.bool).triu(1).expand(batch, 1, size, size)
+        nothing = torch.zeros(batch, 1, size, length, dtype=torch.bool)
+        return gathered(chunks[0](input_ids, decoder_ids, hidden, causal, nothing))
     positions = torch.arange(length).expand(batch, length)
     mask = torch.ones(length, length, dtype=torch.bool).triu(1)[None, None]
     hidden = torch.empty(length, batch, args.hidden_size)
@@ -166,6 +244,7 @@ def logits(args: Namespace, chunks: list[GPTModel], input_ids: torch.Tensor) -> 
     after = parallel_state.get_pipeline_model_parallel_next_rank()
     output = None
     for chunk in chunks:
+        chunk.config.mtp_num_layers = None  # it would compute a loss of what they predict
         if not chunk.pre_process:
             dist.recv(hidden, before)
             chunk.set_input_tensor(hidden)
@@ -174,6 +253,11 @@ def logits(args: Namespace, chunks: list[GPTModel], input_ids: torch.Tensor) -> 
             dist.send(output.contiguous(), after)
     if not chunks[-1].post_process:
         return None
+    return gathered(output)
+
+
+def gathered(output: torch.Tensor) -> torch.Tensor:
+    """The logits of all tensor-parallel ranks."""
     group = parallel_state.get_tensor_model_parallel_group()
     parts = [torch.empty_like(output) for _ in range(dist.get_world_size(group))]
     dist.all_gather(parts, output.contiguous(), group=group)
@@ -194,23 +278,32 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
     if not any("error" in one for one in everyone):
         reference = np.load(case["logits"])
         name = "logits_fp32" if "logits_fp32" in reference else "logits"
-        ours = logits(args, chunks, torch.from_numpy(reference["input_ids"]).long())
+        ours = logits(args, chunks, dict(reference))
         if ours is not None:
-            theirs, tokens = torch.from_numpy(reference[name]), slice(case["num_tokens"])
-            difference = (
-                (ours[..., tokens] - theirs[..., tokens]).abs().nan_to_num(nan=float("inf")).max()
-            )
-            mine["difference"] = float(difference)
+            parts = ours.split(reference["input_ids"].shape[1], dim=1)
+            found = [difference(parts[0], reference[name], case["num_tokens"])]
+            for number, part in enumerate(parts[1:]):
+                if f"mtp{number}_logits" in reference:  # the last tokens have none after them
+                    length = part.shape[1] - number - 1
+                    theirs = reference[f"mtp{number}_logits"][:, :length]
+                    found.append(difference(part[:, :length], theirs, case["num_tokens"]))
+            mine["difference"] = max(found)
         dist.all_gather_object(everyone, mine)
     if errors := [one["error"] for one in everyone if "error" in one]:
         return {"error": errors[0]}
     return {"difference": max(one["difference"] for one in everyone if "difference" in one)}
 
 
-def layout_of(item: tuple[str, dict[str, Any]]) -> tuple[int, int, int | None]:
+def difference(ours: torch.Tensor, theirs: np.ndarray, num_tokens: int) -> float:
+    """The largest between two arrays of logits; NaN is infinitely far from everything."""
+    ours, other = ours[..., :num_tokens], torch.from_numpy(theirs)[..., :num_tokens]
+    return float((ours - other).abs().nan_to_num(nan=float("inf")).max())
+
+
+def layout_of(item: tuple[str, dict[str, Any]]) -> tuple[int, int, int | None, int]:
     """Sizes as Megatron takes them."""
     case = item[1]
-    return case["tp"], case["pp"], case["vpp"] if case["vpp"] > 1 else None
+    return case["tp"], case["pp"], case["vpp"] if case["vpp"] > 1 else None, case.get("ep", 1)
 
 
 def main() -> None:
@@ -222,9 +315,16 @@ def main() -> None:
     for layout, named in groupby(
         sorted(cases.items(), key=lambda item: str(layout_of(item))), layout_of
     ):
-        tp, pp, vpp = layout
+        tp, pp, vpp, ep = layout
         # Megatron never closes a process group, so there is one set of them for each layout.
-        parallel_state.initialize_model_parallel(tp, pp, vpp, create_gloo_process_groups=False)
+        parallel_state.initialize_model_parallel(
+            tp,
+            pp,
+            vpp,
+            expert_model_parallel_size=ep,
+            expert_tensor_parallel_size=1 if ep > 1 else None,
+            create_gloo_process_groups=False,
+        )
         for name, case in named:
             if dist.get_rank() == 0:
                 print(f"{time.monotonic() - start:.1f} s: {name}", flush=True)

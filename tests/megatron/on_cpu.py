@@ -19,10 +19,49 @@ torch.cuda.current_device = lambda: "cpu"  # type: ignore[assignment,return-valu
 torch.Tensor.cuda = lambda self, *_, **__: self
 _ones = torch.ones  # the only factory that the model calls with device="cuda": masks of windows
 torch.ones = lambda *sizes, device=None, **options: _ones(*sizes, **options)
+
+
+class _Stream:
+    """Work in the order it is given, which is all that a stream on a CPU could do."""
+
+    def wait_stream(self, other: Any) -> None:
+        """Nothing is behind."""
+
+    def record_event(self, event: Any = None) -> _Stream:
+        """An event that has happened."""
+        return self
+
+    def synchronize(self) -> None:
+        """Nothing is running."""
+
+
+torch.cuda.Stream = torch.cuda.Event = _Stream  # type: ignore[assignment,misc]
+torch.cuda.current_stream = lambda device=None: _Stream()  # type: ignore[assignment,return-value]
+torch.cuda.stream = lambda stream: contextlib.nullcontext()  # type: ignore[assignment]
+torch.Tensor.record_stream = lambda self, stream: None  # type: ignore[assignment]
 torch.compile = lambda function=None, **_: function or (lambda decorated: decorated)
 
 from megatron.core.tensor_parallel import random  # noqa: E402
+from megatron.core.transformer import multi_latent_attention  # noqa: E402
+from megatron.core.transformer.dot_product_attention import DotProductAttention  # noqa: E402
+from megatron.core.transformer.moe import moe_utils  # noqa: E402
 from megatron.core.transformer.torch_norm import WrappedTorchNorm  # noqa: E402
+
+moe_utils.te_general_gemm = None  # the module forgets it without Transformer Engine
+multi_latent_attention.TELinear = type("TELinear", (), {})  # what nothing is an instance of
+_new_attention = DotProductAttention.__init__
+
+
+def _attention(
+    self: Any, *positional: Any, k_channels: Any = None, v_channels: Any = None, **options: Any
+) -> None:
+    """Local attention is not told that values have a size of their own, which it reshapes to."""
+    _new_attention(self, *positional, **options)
+    if v_channels is not None:
+        self.hidden_size_per_partition = v_channels * self.num_attention_heads_per_partition
+
+
+DotProductAttention.__init__ = _attention
 
 # Dropout is the only user of CUDA's random state, and there is none at inference.
 random.CudaRNGStatesTracker.fork = lambda self, name=None: contextlib.nullcontext()

@@ -76,6 +76,40 @@ PRESETS: dict[str, dict[str, Any]] = {
         "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
     },
 }
+# Experts with biases and without gates, with gates and a shared expert, and with latents; then
+# heads that predict further tokens.
+PRESETS |= {
+    "switch": {"num_experts": 4, "num_experts_per_tok": 1, "norm_topk_prob": False},
+    "mixtral": {
+        **PRESETS["llama"],
+        "num_experts": 4,
+        "moe_intermediate_size": 48,
+        "shared_expert_intermediate_size": 24,
+        "use_shared_expert_gate": True,
+    },
+    "deepseek": {
+        **PRESETS["llama"],
+        "num_key_value_heads": None,
+        "kv_lora_rank": 12,
+        "q_lora_rank": 20,
+        "qk_nope_head_dim": 10,
+        "qk_rope_head_dim": 6,
+        "v_head_dim": 12,
+        "use_qk_norm": True,
+        "rope_interleave": True,
+        "num_experts": 8,
+        "num_experts_per_tok": 4,
+        "moe_intermediate_size": 32,
+        "mlp_layer_types": ["dense", "sparse", "sparse"],
+        "scoring_func": "sigmoid",
+        "use_expert_bias": True,
+        "n_group": 4,
+        "topk_group": 2,
+        "routed_scaling_factor": 2.5,
+        "shared_expert_intermediate_size": 24,
+    },
+    "mtp": {**PRESETS["llama"], "num_nextn_predict_layers": 2},
+}
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -1,6 +1,6 @@
 """What each process of `test_parallel_matrix.py` runs: every model in every mode.
 
-    torchrun parallel_cells.py ROOT FOLDER TP PP MODEL...
+    torchrun parallel_cells.py ROOT FOLDER TP PP EP MODEL...
 
 A cell is `exact` if all processes compute what one process computed, or the message it was
 refused with. The first process writes the cells to FOLDER/cells.json.
@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 root, folder, tp_size, pp_size = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+ep_size = int(sys.argv[5])
 sys.path.insert(0, root)
 
 from transformers import AutoModelForCausalLM, GenerationConfig  # noqa: E402
@@ -26,7 +27,7 @@ from transformers.distributed import DistributedConfig  # noqa: E402
 from transformers.generation import ContinuousBatchingConfig  # noqa: E402
 from transformers.utils import logging  # noqa: E402
 
-import modeling_mtt  # noqa: E402, F401
+import modeling_mtt  # noqa: E402
 
 warnings.simplefilter("ignore")
 logging.set_verbosity_error()
@@ -38,9 +39,14 @@ dist.init_process_group("gloo", timeout=timedelta(seconds=60))
 def forward(model, expected):
     ids = expected["ids"]
     with torch.no_grad():
-        logits = model(ids, attention_mask=(ids != 0).long()).logits
-    difference = (logits - expected["logits"]).abs().max().item()
-    return difference < 2e-5 * expected["logits"].abs().max().item() or f"wrong by {difference}"
+        further = {"output_mtp_logits": True} if "mtp" in expected else {}
+        outputs = model(ids, attention_mask=(ids != 0).long(), **further)
+    wanted = [expected["logits"], *expected.get("mtp", [])]
+    for logits, correct in zip([outputs.logits, *(outputs.mtp_logits or [])], wanted, strict=True):
+        difference = (logits - correct).abs().max().item()
+        if difference >= 2e-5 * correct.abs().max().item():
+            return f"wrong by {difference}"
+    return True
 
 
 def _generate(model, expected, key, **options):
@@ -57,6 +63,16 @@ def sampling(model, expected):
     # Only the first process has the seed of the one process.
     torch.manual_seed(1234 + dist.get_rank())
     return _generate(model, expected, "sampling", do_sample=True)
+
+
+def heads(model, expected):
+    """Text of which the model's own heads made drafts."""
+    if "mtp" not in expected:
+        return True
+    row = expected["ids"][:1]
+    options = {"max_new_tokens": 6, "do_sample": False, "use_mtp": True}
+    found = model.generate(row, attention_mask=torch.ones_like(row), **options)
+    return torch.equal(found, expected["greedy"][:1]) or f"wrong: {found.tolist()}"
 
 
 def static(model, expected):
@@ -83,7 +99,7 @@ def batch(model, expected):
 
 
 def save(model, expected):
-    again = folder / expected["name"] / f"saved-{tp_size}-{pp_size}"
+    again = folder / expected["name"] / f"saved-{tp_size}-{pp_size}-{ep_size}"
     model.save_pretrained(again)
     dist.barrier()
     for path in (folder / expected["name"]).glob("*"):
@@ -98,6 +114,7 @@ MODES = {
     "forward": forward,
     "greedy": greedy,
     "sampling": sampling,
+    "use_mtp": heads,
     "static cache": static,
     "generate_batch": batch,
     "save": save,
@@ -118,7 +135,9 @@ def cell(mode, *arguments):
 
 
 def load(name):
-    if name == "qwen" and pp_size == 1:
+    if ep_size > 1:
+        options = {"distributed_config": modeling_mtt.expert_parallelism(ep_size)}
+    elif name == "qwen" and pp_size == 1:
         options = {"tp_plan": "auto"}
     else:
         options = {"distributed_config": DistributedConfig(tp_size=tp_size, pp_size=pp_size)}
@@ -127,7 +146,7 @@ def load(name):
 
 
 cells: dict[str, dict[str, str]] = {}
-for name in sys.argv[5:]:
+for name in sys.argv[6:]:
     models: list = []
     loaded = cell(load, name)
     expected = torch.load(folder / name / "expected.pt")

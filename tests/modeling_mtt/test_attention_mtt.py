@@ -29,7 +29,7 @@ STAND_INS = {
 }
 IMPLEMENTATIONS = ["eager", "sdpa", "flex_attention", *STAND_INS]
 # Learned positions; grouped heads, rotations; all of that, and layers with a sliding window.
-PRESETS = ["gpt", "llama", "qwen2"]
+PRESETS = ["gpt", "llama", "qwen2", "deepseek"]
 LENGTHS = (9, 5)
 
 

@@ -186,7 +186,21 @@ def test_configurations_of_before_keep_their_meaning(tiny_config, tmp_path):
     assert AutoConfig.from_pretrained(tmp_path).to_diff_dict() == config.to_diff_dict()
 
 
-@pytest.mark.parametrize("preset", ["gpt", "llama", "nemotron", "bloom", "falcon", "qwen2"])
+@pytest.mark.parametrize(
+    "preset",
+    [
+        "gpt",
+        "llama",
+        "nemotron",
+        "bloom",
+        "falcon",
+        "qwen2",
+        "switch",
+        "mixtral",
+        "deepseek",
+        "mtp",
+    ],
+)
 def test_round_trip(tiny_config, tmp_path, preset):
     config = tiny_config(preset)
     config.save_pretrained(tmp_path)

@@ -22,6 +22,14 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen": ("llama", {"attention_bias": True, "tie_word_embeddings": True}),
     "mqa": ("nemotron", {}),
     "alibi": ("gpt", {"position_embedding_type": "alibi", "embedding_norm": True}),
+    "mixtral": ("mixtral", {}),
+    "deepseek": ("deepseek", {}),
+    "mtp": ("mtp", {"num_key_value_heads": 4}),
+}
+EXPERTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "mixtral": ("mixtral", {}),
+    "switch": ("switch", {}),
+    "deepseek": ("deepseek", {"num_nextn_predict_layers": 1}),
 }
 NO_PAGED_BIAS = "refused: ALiBi does not run with continuous batching"
 NO_PAGED_HEADS = (

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
@@ -152,6 +153,34 @@ def _save_further(case: Case, folder: Path) -> None:
     for path in (folder / "longer").iterdir():
         path.unlink()
     (folder / "longer").rmdir()
+
+
+def further_logits(case: Case, folder: Path, input_ids: torch.Tensor) -> list[torch.Tensor]:
+    """What transformers computes of layers for further tokens; nothing where it cannot yet.
+
+    The k-th has logits for all tokens that have k + 1 after them.
+    """
+    layers = transformers.modeling_layers
+    if not hasattr(layers, "MtpModel"):
+        return []
+    native_class = model_class(case.family)
+    with pytest.MonkeyPatch.context() as patch:  # the class knows its published sizes only
+        numbers = "|".join(str(case.config().num_hidden_layers + k) for k in range(case.further))
+        pattern = [rf"model\.layers\.({numbers})\..*"]
+        patch.setattr(native_class, "_keys_to_ignore_on_load_unexpected", pattern)
+        native = native_class.from_pretrained(folder).eval()
+        heads = layers.MtpModel.from_pretrained(native).eval()
+    found = []
+    with torch.no_grad():
+        states = native.model(input_ids).last_hidden_state
+        for number in range(case.further):
+            length = input_ids.shape[1] - number - 1
+            positions, following = torch.arange(length)[None], input_ids[:, number + 1 :]
+            states = heads.forward_layer(
+                number, states[:, :length], positions, None, input_ids=following
+            )
+            found.append(heads._project_to_logits(states))
+    return found
 
 
 def model_class(family: str) -> Any:

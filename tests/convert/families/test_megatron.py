@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import modeling_mtt
 import mtt_convert
 from mtt_convert import UnsupportedError
-from tests.convert.families.natives import CASES, Case
+from tests.convert.families.natives import CASES, WITH_EXPERTS, Case
 
 LLAMA, LLAMA_3 = CASES[0], CASES[2]
 
@@ -43,9 +43,10 @@ def logits(folder: Path) -> torch.Tensor:
 def test_megatron_and_back_gives_the_same_file(
     saved: Callable, tmp_path: Path, case: Case, to: str
 ):
-    """TP2 PP2 in between; the file is the one transformers wrote, to the byte."""
+    """TP2 PP2, and EP2 of experts, in between; the file is transformers' own, to the byte."""
     theirs, ours = saved(case), tmp_path / "back"
-    mtt_convert.convert(theirs, tmp_path / "megatron", to=to, tp=2, pp=2)
+    experts = {"ep": 2} if case.family in WITH_EXPERTS else {}
+    mtt_convert.convert(theirs, tmp_path / "megatron", to=to, tp=2, pp=2, **experts)
     mtt_convert.convert(tmp_path / "megatron", ours, model_type=case.family)
     assert (ours / "model.safetensors").read_bytes() == (theirs / "model.safetensors").read_bytes()
     # GELU by tanh has two names, whose code differs by a rounding.
