@@ -199,7 +199,7 @@ def test_copies_may_be_missing_but_not_differ(case: Case, tmp_path: Path) -> Non
         case.save(tmp_path / "source")
         rewrite(tmp_path / "source", lambda tensors, name=name: tensors[name][3, 3].add_(1))
         with pytest.raises(InconsistentError) as caught:
-            convert(tmp_path / "source", tmp_path / "other", tokenizer="none")
+            convert(tmp_path / "source", tmp_path / "other", tokenizer="none", replicated="first")
         assert name in caught.value.message
         assert not (tmp_path / "other").exists()
 
