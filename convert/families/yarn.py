@@ -41,12 +41,16 @@ def read(rope: Values, config: Values) -> dict[str, object]:
     length = next(
         (
             value
-            for value in (rope.get(_LENGTH), config.get(_LENGTH), config["max_position_embeddings"])
+            # A field beside the rope's own wins, as it does in transformers.
+            for value in (config.get(_LENGTH), rope.get(_LENGTH), config["max_position_embeddings"])
             if value is not None
         ),
         None,
     )
     found[_LENGTH] = int(_number(_LENGTH, length))
+    if rope.get("factor") is None:  # transformers then takes how much longer texts may be
+        longest = _number("max_position_embeddings", config["max_position_embeddings"])
+        found["rotary_scaling_factor"] = longest / _number(_LENGTH, length)
     if rope.get("truncate", True) is not True:
         raise _refusal("truncate", rope["truncate"], "true")
     factor, mscale, all_dim = (

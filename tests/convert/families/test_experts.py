@@ -199,7 +199,7 @@ def test_copies_may_be_missing_but_not_differ(case: Case, tmp_path: Path) -> Non
         case.save(tmp_path / "source")
         rewrite(tmp_path / "source", lambda tensors, name=name: tensors[name][3, 3].add_(1))
         with pytest.raises(InconsistentError) as caught:
-            convert(tmp_path / "source", tmp_path / "other", tokenizer="none")
+            convert(tmp_path / "source", tmp_path / "other", tokenizer="none", replicated="first")
         assert name in caught.value.message
         assert not (tmp_path / "other").exists()
 
@@ -224,7 +224,9 @@ def test_they_are_left_out_on_request(case: Case, tmp_path: Path) -> None:
     convert(tmp_path / "plain", tmp_path / "same", model_type=case.family, drop_mtp=True)
 
 
-def test_a_class_without_them_says_how_to_go_on(golden: Any, tmp_path: Path) -> None:
+def test_a_class_without_them_says_how_to_go_on(
+    golden: Any, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     with pytest.raises(UsageError) as caught:
         convert(golden("mcore/mtp/tp2pp2/torch"), tmp_path / "out", model_type="llama")
     assert caught.value.found == "mtp_num_layers = 1"
@@ -234,6 +236,10 @@ def test_a_class_without_them_says_how_to_go_on(golden: Any, tmp_path: Path) -> 
         ["convert", *folders, "--drop-mtp", "--model-type", "llama", "--set", "vocab_size=500"]
     )
     assert code == 0
+    again = ["convert", *folders, "--drop-mtp", "--dry-run", "--set", "vocab_size=500"]
+    assert main(again) == 0
+    plan = capsys.readouterr().out
+    assert "model.layers.3." in plan and "mtp.layers" not in plan
     logits = golden("mcore/mtp/logits.npz")
     assert compare_logits(tmp_path / "out", logits) < 1e-4
     model = from_megatron(folders[0], drop_mtp=True, tokenizer="none")

@@ -356,6 +356,35 @@ def test_attention_scaled_as_no_mscale_says() -> None:
     assert FAMILIES["deepseek_v3"].misfits(a) == ()
 
 
+@pytest.mark.parametrize(
+    ("change", "factor", "length"),
+    [
+        ({}, 4.0, 16),
+        ({"rope_parameters": {**YARN, "factor": None}}, 4.0, 16),
+        ({"rope_parameters": {**YARN, "original_max_position_embeddings": None}}, 4.0, 64),
+        ({"original_max_position_embeddings": 32}, 4.0, 32),
+        (
+            {
+                "rope_parameters": {**YARN, "factor": None},
+                "original_max_position_embeddings": 32,
+            },
+            2.0,
+            32,
+        ),
+    ],
+)
+def test_lengths_of_yarn(change: dict, factor: float, length: int) -> None:
+    """Where transformers looks for them, and in which order."""
+    fields = {"rope_parameters": YARN, **change}
+    a = read("deepseek_v3", **fields)
+    assert (a.rotary_scaling_factor, a.original_max_position_embeddings) == (factor, length)
+    if None not in fields["rope_parameters"].values():  # theirs cannot be null
+        first = next(case for case in CASES if case.family == "deepseek_v3")
+        theirs = type(first.config())(**{**first.config().to_dict(), **fields})
+        model_class("deepseek_v3")(theirs)  # which decides
+        assert theirs.rope_parameters["original_max_position_embeddings"] == length
+
+
 def test_training_is_not_in_the_way() -> None:
     training = {"attention_dropout": 0.3, "hidden_dropout": 0.2, "init_method_std": 0.5}
     assert set(training) | {"params_dtype"} == set(TRAINING_ONLY)
