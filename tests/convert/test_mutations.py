@@ -32,6 +32,10 @@ SOURCES = {
     "zarr": "mcore/tiny/core_0.15/zarr",
     "torch_dcp": "mcore/llama/fsdp2_dp2/torch_dcp",
     "fsdp_dtensor": "mcore/llama_bf16/mfsdp_dp2/fsdp_dtensor",
+    "experts": "mcore/moe_mixed/ep2/torch",
+    "stacked-experts": "mcore-te/mixtral/grouped_ep2/torch_dist",
+    "latents": "mcore/mla/tp2pp1/torch_dist",
+    "further-tokens": "mcore/mtp/tp2pp2/torch",
     "hf": "mcore/tiny/core_0.15/zarr",
     "nemo": "mcore/tiny/core_0.15/zarr",
 }
