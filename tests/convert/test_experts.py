@@ -15,7 +15,13 @@ from mtt_convert import convert, diff, open_checkpoint
 from mtt_convert import experts as experts_module
 from mtt_convert.checkpoint import Shard
 from mtt_convert.dtypes import DTYPES
-from mtt_convert.errors import CorruptError, IncompleteError, InconsistentError
+from mtt_convert.errors import (
+    CorruptError,
+    IncompleteError,
+    InconsistentError,
+    LayoutError,
+    UnsupportedError,
+)
 from mtt_convert.experts import GROUPED, SEQUENTIAL, TE_GROUPED, numbered, spelled
 from mtt_convert.logits import compare_logits
 from mtt_convert.tensors import LazyTensor, zeros
@@ -253,3 +259,81 @@ def test_two_numbers_of_a_folder_are_told_by_the_arguments(golden: Golden, tmp_p
         ]
         assert str(open_checkpoint(root).layout) == layout
         assert diff(source, root).differences == ()
+
+
+def test_wider_experts_than_layers_need_a_format_without_ranks(
+    golden: Golden, tmp_path: Path
+) -> None:
+    source = golden("mcore/mixtral/ep2/torch")
+    with pytest.raises(LayoutError, match="would write the same file"):
+        convert(source, tmp_path / "torch", to="torch", tp=1, ep=2, etp=2)
+    convert(source, tmp_path / "dist", to="torch_dist", tp=1, ep=2, etp=2)
+    assert diff(source, tmp_path / "dist").differences == ()
+    assert open_checkpoint(tmp_path / "dist").args["world_size"] == 4
+
+
+def test_the_bias_of_experts_stays_in_float32(golden: Golden, tmp_path: Path) -> None:
+    """Whatever the others are cast to, in Megatron's checkpoints and Hugging Face's folders."""
+    source = golden("mcore/moe_mixed/ep2/torch")
+    for to in ("torch", "torch_dist", "hf"):
+        convert(source, tmp_path / to, to=to, dtype="bfloat16", tokenizer="none")
+        tensors = open_checkpoint(tmp_path / to).tensors
+        kinds = {
+            name.endswith(".expert_bias"): tensor.dtype.name for name, tensor in tensors.items()
+        }
+        assert kinds == {True: "float32", False: "bfloat16"}, to
+
+
+def test_a_newer_name_of_the_layer_for_further_tokens(golden: Golden, tmp_path: Path) -> None:
+    """core_v0.18 calls it `mtp_model_layer` in `torch` checkpoints."""
+    source = copy_of(golden, "mcore/mtp/tp2pp2/torch", tmp_path)
+    for path in source.rglob("mp_rank_*_001/model_optim_rng.pt"):
+        with edited(path) as content:
+            model = content["model"]
+            for name in [name for name in model if ".transformer_layer." in name]:
+                newer = name.replace(".transformer_layer.", ".mtp_model_layer.")
+                model[newer] = model.pop(name)
+    assert diff(golden("mcore/mtp/tp2pp2/torch"), source).differences == ()
+
+
+def test_copies_of_the_embedding_for_further_tokens_are_compared(
+    golden: Golden, tmp_path: Path
+) -> None:
+    """The last stage looks tokens up again, and must have the same table."""
+    source = copy_of(golden, "mcore/mtp/tp2pp2/torch", tmp_path)
+    with edited(next(source.rglob("mp_rank_01_001/model_optim_rng.pt"))) as content:
+        content["model"]["embedding.word_embeddings.weight"][3, 5] += 1
+    with pytest.raises(InconsistentError, match=r"copies of embedding.word_embeddings.weight"):
+        convert(source, tmp_path / "out", tokenizer="none")
+
+
+def test_dense_weights_that_differ_between_expert_ranks(golden: Golden, tmp_path: Path) -> None:
+    source = copy_of(golden, "mcore/mixtral/ep2/torch", tmp_path)
+    name = "decoder.layers.1.mlp.router.weight"
+    with edited(next(source.rglob("mp_rank_00_001/model_optim_rng.pt"))) as content:
+        content["model"][name][0, 0] += 1
+    with pytest.raises(InconsistentError, match=f"copies of {name}"):
+        convert(source, tmp_path / "out", tokenizer="none")
+
+
+def test_swapped_files_of_expert_ranks(golden: Golden, tmp_path: Path) -> None:
+    source = copy_of(golden, "mcore/mixtral/ep2/torch", tmp_path)
+    first, second = sorted(source.rglob("mp_rank_*"))
+    first.rename(source / "first")
+    second.rename(first)
+    (source / "first").rename(second)
+    with pytest.raises(InconsistentError, match="holds the file of another rank"):
+        open_checkpoint(source)
+
+
+def test_experts_that_are_older_than_megatron_core_are_named(
+    golden: Golden, tmp_path: Path
+) -> None:
+    source = copy_of(golden, "mcore/mixtral/ep2/torch", tmp_path)
+    for path in source.rglob("model_optim_rng.pt"):
+        with edited(path) as content:
+            model = content["model"]
+            for name in [name for name in model if ".experts.local_experts." in name]:
+                model[name.replace(".experts.local_experts.", ".local_experts.")] = model.pop(name)
+    with pytest.raises(UnsupportedError, match="experts from before Megatron-Core"):
+        open_checkpoint(source)
