@@ -31,7 +31,7 @@ from .dialects import CORE, WRITABLE
 from .dialects.modules import Modules
 from .documents import special_tokens
 from .dtypes import DTYPES
-from .errors import LayoutError, UsageError
+from .errors import LayoutError, UnsupportedError, UsageError
 from .formats import megatron_torch, megatron_torch_dist
 from .formats.folders import TRACKER
 from .formats.megatron_torch import RankModel
@@ -188,6 +188,13 @@ def _check_choices(transformer_impl: str | None, divisor: int | None) -> None:
 def _check_parts(a: Architecture, layout: Layout, to: str, impl: str) -> None:
     """Raise for an expert that is divided otherwise than Megatron can, or down projections."""
     etp, tp = layout.etp, layout.tp
+    if a.num_experts is not None and a.add_bias_linear:
+        raise UnsupportedError(
+            "Megatron-Core's router has a bias where linear layers have one; nothing was written",
+            found="experts with add_bias_linear = True, and a router without a bias",
+            expected="linear layers without biases",
+            fix="convert it with --to hf, which can represent it",
+        )
     if etp is not None and a.num_experts is None and etp not in (1, tp):
         raise UsageError(
             "a dense model has no experts to divide",
@@ -222,9 +229,6 @@ def _grouped_gemm(checkpoint: Checkpoint, impl: str) -> dict[str, bool]:
     named = checkpoint.args.get("moe_grouped_gemm")
     is_grouped = named if isinstance(named, bool) else impl != "local"
     is_legacy = checkpoint.args.get("moe_use_legacy_grouped_gemm") is True
-    if checkpoint.architecture.add_bias_linear:
-        is_legacy = False  # it has no biases
-        is_grouped &= impl != "local"
     return {"grouped_gemm": is_grouped, "legacy_grouped_gemm": is_grouped and is_legacy}
 
 

@@ -26,6 +26,9 @@ _NOT_YET = (
         r"|.*\.mlp\.(local_experts|deepspeed_moe)\..*",
         "a mixture of experts from before Megatron-Core 0.5",
     ),
+    (r".*\.mlp\.router\.bias", "a router with a bias"),
+    (r".*\.mlp\.fc[12]_latent_proj\..*", "experts that are narrower than the layers"),
+    (r".*\.linear_qkv_down_proj\..*", "latent attention with one down projection"),
     (r".*\.mixer\..*", "Mamba layers"),
 )
 DIALECTS: tuple[Dialect, ...] = (
@@ -54,7 +57,7 @@ def detect(names: Iterable[str]) -> Dialect:
             raise UnsupportedError(
                 f"the checkpoint has parameters of {kind}; mtt cannot convert those yet",
                 found=shorten(named, 4),
-                expected="a dense GPT or a T5",
+                expected="a GPT or a T5",
             )
     dialect = max(DIALECTS, key=lambda dialect: dialect.known(names))
     if not dialect.known(names):
