@@ -84,7 +84,7 @@ def plan_conversion(
     Args:
         checkpoint: an open checkpoint.
         to: `torch` or `torch_dist`.
-        tp, pp, vpp, ep, etp: parallel sizes.
+        tp, pp, vpp, ep, etp: parallel sizes; without `etp` experts are divided like the rest.
         pipeline_model_parallel_layout: Megatron's string for a custom pipeline.
         transformer_impl: `transformer_engine` or `local`; None keeps the source's.
         make_vocab_size_divisible_by: None keeps the source's, or is 128.
