@@ -100,6 +100,13 @@ def plan_conversion(
         UsageError: options that contradict each other or the checkpoint.
     """
     check_dtype(dtype)
+    if checkpoint.architecture.kind == "bert":
+        raise UnsupportedError(
+            "mtt reads BERT, and does not write it as a Megatron checkpoint; nothing was written",
+            found=f"{checkpoint.folder}, a BERT, to {to}",
+            expected="a GPT",
+            fix="convert it with --to hf",
+        )
     _check_choices(transformer_impl, make_vocab_size_divisible_by)
     if pipeline_model_parallel_layout is not None:
         vpp = _chunks_of(pipeline_model_parallel_layout, pp, vpp)

@@ -762,7 +762,7 @@ def test_a_gated_matrix_that_cannot_be_halved(rows: int, root: Path, out: Path) 
         ("apply_residual_connection_post_layernorm", True),
         ("heterogeneous_layers_config_path", "x.json"),
         ("spec", ["my.module", "layers"]),
-        ("fp8_param_gather", True),
+        ("fp4_param_gather", True),
         ("rope_type", "yarn"),
         ("use_mup", True),
     ],

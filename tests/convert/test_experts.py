@@ -407,7 +407,7 @@ def test_experts_with_biases_go_to_hugging_face_only(golden: Golden, tmp_path: P
     ("name", "kind"),
     [
         ("mlp.router.bias", "a router with a bias"),
-        ("mlp.fc1_latent_proj.weight", "experts that are narrower"),
+        ("self_attention.linear_qkv_down_proj.weight", "one down projection"),
         ("mlp.deepspeed_moe.gate.wg.weight", "from before Megatron-Core"),
     ],
 )
