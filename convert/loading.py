@@ -190,6 +190,7 @@ def _bert(
     from accelerate import init_empty_weights
     from transformers import MegatronBertConfig
 
+    _check_keywords(kwargs, MegatronBertConfig)
     fields = {**conversion.config, **conversion.tokens, "dtype": conversion.dtype, **kwargs}
     config = MegatronBertConfig(**fields)
     with init_empty_weights(include_buffers=False):
