@@ -36,7 +36,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .attention_mtt import positions_of_packed
 from .base_mtt import MTTPreTrainedModel
-from .cache_mtt import growing_cache
+from .cache_mtt import growing_cache, with_own_counts
 from .configuration_mtt import MTTConfig
 from .generation_mtt import NO_CONTINUOUS_BATCHING, MTTGenerationMixin
 from .layers_mtt import MTTAttention, MTTDecoderLayer, multiply
@@ -254,6 +254,8 @@ class MTTModel(MTTPreTrainedModel):
             The mask of each type of layer this process holds, in the form the attention
             implementation asks for, and with ALiBi `distances` `[batch or 1, 1, queries, keys]`.
         """
+        if past_key_values is not None and self.config._attn_implementation == "flex_attention":
+            past_key_values = with_own_counts(past_key_values)
         masks = {}
         for layer_type in dict.fromkeys(self.layer_types):
             layer_idx = self._first_layer(layer_type)
