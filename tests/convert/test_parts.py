@@ -665,6 +665,14 @@ def test_damaged_notes_of_a_part(
     assert contents(out) == expected["hf"]
 
 
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", "3"])
+def test_a_damaged_plan_of_the_parts(text: str, out: Path) -> None:
+    convert(out, "1/2")
+    (out / NOTES / "plan.json").write_text(text)
+    with pytest.raises(UsageError, match="does not belong to the parts"):
+        convert(out, "2/2")
+
+
 def test_a_note_that_was_replaced_while_it_was_read(
     out: Path, expected: dict[str, dict[str, bytes]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
