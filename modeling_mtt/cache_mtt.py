@@ -1,9 +1,10 @@
-"""A cache that grows in place."""
+"""A cache that grows in place, and one whose counts stay."""
 
+from copy import copy
 from typing import Any
 
 import torch
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.utils import is_tracing
 
 from .configuration_mtt import MTTConfig
@@ -101,3 +102,19 @@ def let_grow(cache: Any) -> None:
         cache.layers = [
             MTTDynamicLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers
         ]
+
+
+def with_own_counts(cache: Cache) -> Cache:
+    """Return the cache, but that the numbers of tokens it tells do not change later.
+
+    Static caches count in place, and flex attention computes its mask when it is used: by then the
+    first layer has counted the new tokens.
+    """
+
+    def seen_tokens(layer_idx: int = 0) -> int | torch.Tensor:
+        seen: int | torch.Tensor = cache.get_seq_length(layer_idx)
+        return seen.clone() if isinstance(seen, torch.Tensor) else seen
+
+    same = copy(cache)
+    same.get_seq_length = seen_tokens
+    return same

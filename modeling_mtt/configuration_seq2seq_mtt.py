@@ -14,13 +14,15 @@
 """MTT encoder-decoder configuration."""
 
 from dataclasses import field
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 
 from .configuration_mtt import MTTConfig
+from .plans_mtt import ATTENTION, DENSE
+from .validation_mtt import check_positions, check_sizes
 
 SEQ2SEQ_AUTO_MAP = {
     "AutoConfig": "configuration_seq2seq_mtt.MTTSeq2SeqConfig",
@@ -28,22 +30,12 @@ SEQ2SEQ_AUTO_MAP = {
     "AutoModelForSeq2SeqLM": "modeling_seq2seq_mtt.MTTForConditionalGeneration",
 }
 
-_LAYER_PLAN = {
-    "self_attn.q_proj": "colwise",
-    "self_attn.k_proj": "colwise",
-    "self_attn.v_proj": "colwise",
-    "self_attn.q_norm": "replicated_with_grad_allreduce",
-    "self_attn.k_norm": "replicated_with_grad_allreduce",
-    "self_attn.o_proj": "rowwise",
-    "mlp.gate_proj": "colwise",
-    "mlp.up_proj": "colwise",
-    "mlp.down_proj": "rowwise",
-}
-_CROSS_PLAN = {
-    "cross_attn.q_proj": "colwise",
-    "cross_attn.k_proj": "colwise",
-    "cross_attn.v_proj": "colwise",
-    "cross_attn.o_proj": "rowwise",
+_LAYER = ATTENTION | DENSE
+# There are no norms of heads between the sides.
+_CROSS_ATTENTION = {
+    name.replace("self_attn", "cross_attn"): style
+    for name, style in ATTENTION.items()
+    if name.endswith("_proj")
 }
 
 
@@ -160,9 +152,10 @@ class MTTSeq2SeqConfig(PreTrainedConfig):
         "decoder.embed_tokens": "embedding_rowwise",
         "encoder.relative_attention_bias": "replicated_with_grad_allreduce",
         "decoder.relative_attention_bias": "replicated_with_grad_allreduce",
-        **{f"encoder.layers.*.{name}": style for name, style in _LAYER_PLAN.items()},
-        **{f"decoder.layers.*.{name}": style for name, style in _LAYER_PLAN.items()},
-        **{f"decoder.layers.*.{name}": style for name, style in _CROSS_PLAN.items()},
+        **{f"encoder.layers.*.{name}": style for name, style in _LAYER.items()},
+        **{
+            f"decoder.layers.*.{name}": style for name, style in (_LAYER | _CROSS_ATTENTION).items()
+        },
     }
 
     vocab_size: int = 29096
@@ -263,59 +256,11 @@ class MTTSeq2SeqConfig(PreTrainedConfig):
 
     def validate_architecture(self) -> None:
         """Check what no single field shows; `@strict` calls it after construction."""
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_encoder_layers",
-            "num_decoder_layers",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "max_position_embeddings",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1.")
-        for name in ("attention_dropout", "hidden_dropout"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(
-                    f"{name} ({getattr(self, name)}) is a probability, between 0 and 1."
-                )
-        for name in ("norm_eps", "attention_multiplier"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ValueError(f"{name} ({value}) must be greater than 0.")
-        if self.head_dim is None:
-            raise ValueError(
-                f"hidden_size ({self.hidden_size}) is not a multiple of num_attention_heads "
-                f"({self.num_attention_heads}): set head_dim."
-            )
-        if self.head_dim < 1:
-            raise ValueError(f"head_dim ({self.head_dim}) must be at least 1.")
-        assert self.num_key_value_heads is not None
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"num_attention_heads ({self.num_attention_heads}) is not a multiple of "
-                f"num_key_value_heads ({self.num_key_value_heads})."
-            )
+        check_sizes(self, "num_encoder_layers", "num_decoder_layers")
+        check_positions(self)
         if not self.is_encoder_decoder:
             raise ValueError("is_encoder_decoder (False) must be True: see MTTConfig for decoders.")
-        self._validate_positions()
-
-    def _validate_positions(self) -> None:
-        kind = self.position_embedding_type
-        if kind == "rope":
-            MTTConfig._validate_rotated_part(cast(MTTConfig, self))
-        elif hasattr(self, "rope_parameters"):
-            raise ValueError(
-                f"rope_parameters ({self.rope_parameters}) go with position_embedding_type 'rope', "
-                f"not '{kind}': drop them or set the type."
-            )
-        elif self.rope_interleave:
-            raise ValueError(
-                f"rope_interleave goes with position_embedding_type 'rope', not '{kind}': drop it "
-                "or set the type."
-            )
-        if kind == "relative":
+        if self.position_embedding_type == "relative":
             num_buckets = self.relative_attention_num_buckets
             if num_buckets < 4:
                 raise ValueError(

@@ -36,17 +36,17 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention_mtt import eager_attention_forward, pack_rows
-from .cache_mtt import growing_cache, let_grow
+from .base_mtt import MTTPreTrainedModel
+from .cache_mtt import growing_cache, let_grow, with_own_counts
 from .configuration_seq2seq_mtt import MTTSeq2SeqConfig
+from .layers_mtt import MTTAttention
 from .linear_mtt import build_linear, project
+from .mlp_mtt import MTTMLP
 from .modeling_mtt import (  # type: ignore[attr-defined]
     ALIBI_IMPLEMENTATIONS,
-    MTTMLP,
-    MTTAttention,
-    MTTPreTrainedModel,
-    build_norm,
     slice_logits_to_keep,
 )
+from .norms_mtt import build_norm
 from .parallel_mtt import share_random_state
 from .positions_mtt import MTTRotaryEmbedding, rotation_of_heads
 from .relative_mtt import MTTRelativePositionBias
@@ -509,6 +509,16 @@ class MTTDecoder(MTTSeq2SeqStack):
         cache: Cache | None,
     ) -> Any:
         """Return the causal mask in the form the attention implementation asks for."""
+        implementation = self.config._attn_implementation
+        if cache is not None and cache.is_compileable and implementation not in ("eager", "sdpa"):
+            cache = with_own_counts(cache)
+            if attention_mask is None:
+                # FlashAttention learns from a mask alone that a static cache has slots for tokens
+                # to come.
+                num_seen = int(cache.get_seq_length()) + inputs_embeds.shape[1]
+                attention_mask = torch.ones(
+                    len(inputs_embeds), num_seen, dtype=torch.bool, device=inputs_embeds.device
+                )
         return create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,

@@ -51,11 +51,22 @@ def check_architecture(config: Any) -> None:
     Raises:
         `ValueError`: names the fields that contradict each other.
     """
+    check_sizes(config, "num_hidden_layers")
+    _check_latents(config)
+    check_positions(config)
+    _check_layers(config)
+    _check_residuals(config)
+    _check_experts(config)
+    _check_heads(config)
+
+
+def check_sizes(config: Any, *numbers_of_layers: str) -> None:
+    """Check what every configuration has: sizes, probabilities, factors, and how heads divide."""
     for name in (
         "vocab_size",
         "hidden_size",
         "intermediate_size",
-        "num_hidden_layers",
+        *numbers_of_layers,
         "num_attention_heads",
         "num_key_value_heads",
         "max_position_embeddings",
@@ -72,7 +83,7 @@ def check_architecture(config: Any) -> None:
         "attention_multiplier",
         "logits_scaling",
     ):
-        value = getattr(config, name)
+        value = getattr(config, name, None)
         if value is not None and value <= 0:
             raise ValueError(f"{name} ({value}) must be greater than 0.")
 
@@ -89,15 +100,9 @@ def check_architecture(config: Any) -> None:
             f"num_key_value_heads ({config.num_key_value_heads})."
         )
 
-    _check_latents(config)
-    _check_positions(config)
-    _check_layers(config)
-    _check_residuals(config)
-    _check_experts(config)
-    _check_heads(config)
 
-
-def _check_positions(config: Any) -> None:
+def check_positions(config: Any) -> None:
+    """Check that rotations are described where heads are rotated, and nowhere else."""
     kind = config.position_embedding_type
     if kind == "rope":
         check_rotated_part(config)

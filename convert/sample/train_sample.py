@@ -144,7 +144,7 @@ def stay_on_cpu() -> None:
 
 
 def load_args(folder: Path = HERE) -> argparse.Namespace:
-    """Read a folder's args.json; the values JSON cannot hold are written as `torch.float32` or `Enum.name`."""
+    """Read a folder's args.json; what JSON cannot hold is `torch.float32` or `Enum.name`."""
     enums = {"AttnBackend": AttnBackend, "ModelType": ModelType, "Signals": signal.Signals}
     args = argparse.Namespace()
     for name, value in json.loads((folder / "args.json").read_text()).items():

@@ -34,8 +34,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
-sys.path.append(str(HERE.parent / "sample"))
+sys.path.append(str(Path(__file__).resolve().parents[1] / "sample"))
 
 import numpy as np
 import torch
@@ -59,6 +58,8 @@ from megatron.core.models.T5.t5_spec import (  # isort: skip
     get_t5_encoder_with_local_block_spec,
 )
 from megatron.core.transformer import TransformerConfig  # isort: skip
+
+HERE = Path(__file__).resolve().parent
 
 ANSWERS = {
     "Hello, how are you?": "I am fine, thank you. All my shards are in one place.",

@@ -23,14 +23,15 @@ def _check(query, key, value, ndim):
     assert query.shape[-2] % key.shape[-2] == 0
 
 
-def _attend(query, key, value, scale, window):
-    """One sequence `[tokens, heads, head_dim]`; the last query is at the last key."""
+def _attend(query, key, value, scale, window, causal):
+    """One sequence `[tokens, heads, head_dim]`; if causal, the last query is at the last key."""
     groups = query.shape[1] // key.shape[1]
     q, k, v = (t.float().transpose(0, 1) for t in (query, key, value))
     k, v = k.repeat_interleave(groups, 0), v.repeat_interleave(groups, 0)
     at_query = torch.arange(q.shape[1])[:, None] + k.shape[1] - q.shape[1]
     distance = at_query - torch.arange(k.shape[1])
-    seen = distance >= 0
+    assert causal or window < 0
+    seen = distance >= 0 if causal else torch.ones_like(distance, dtype=torch.bool)
     if window >= 0:
         seen &= distance <= window
     scores = (q @ k.transpose(1, 2)) * scale
@@ -38,13 +39,13 @@ def _attend(query, key, value, scale, window):
     return (weights @ v).transpose(0, 1).to(query.dtype)
 
 
-def _dense(query, key, value, scale, window):
+def _dense(query, key, value, scale, window, causal):
     _check(query, key, value, 4)
     rows = zip(query, key, value, strict=True)
-    return torch.stack([_attend(*row, scale, window) for row in rows])
+    return torch.stack([_attend(*row, scale, window, causal) for row in rows])
 
 
-def _packed(query, key, value, cu_q, cu_k, max_q, max_k, scale, window):
+def _packed(query, key, value, cu_q, cu_k, max_q, max_k, scale, window, causal):
     _check(query, key, value, 3)
     for cu, states, longest in ((cu_q, query, max_q), (cu_k, key, max_k)):
         assert cu.dtype == torch.int32 and cu.ndim == 1 and cu.is_contiguous()
@@ -54,7 +55,7 @@ def _packed(query, key, value, cu_q, cu_k, max_q, max_k, scale, window):
     output = torch.empty_like(query)
     for i in range(len(cu_q) - 1):
         q, k = slice(cu_q[i], cu_q[i + 1]), slice(cu_k[i], cu_k[i + 1])
-        output[q] = _attend(query[q], key[k], value[k], scale, window)
+        output[q] = _attend(query[q], key[k], value[k], scale, window, causal)
     return output
 
 
@@ -84,9 +85,9 @@ class Flash2:
         alibi_slopes=None,
         deterministic=False,
     ):
-        assert causal and dropout_p == 0.0 and alibi_slopes is None
+        assert dropout_p == 0.0 and alibi_slopes is None
         self.calls.append("dense")
-        return _dense(q, k, v, softmax_scale, _left(window_size))
+        return _dense(q, k, v, softmax_scale, _left(window_size), causal)
 
     def flash_attn_varlen_func(
         self,
@@ -106,7 +107,7 @@ class Flash2:
         deterministic=False,
         block_table=None,
     ):
-        assert causal and dropout_p == 0.0 and alibi_slopes is None and block_table is None
+        assert dropout_p == 0.0 and alibi_slopes is None and block_table is None
         self.calls.append("packed")
         return _packed(
             q,
@@ -118,6 +119,7 @@ class Flash2:
             max_seqlen_k,
             softmax_scale,
             _left(window_size),
+            causal,
         )
 
 
@@ -229,9 +231,12 @@ class TorchVarlen:
     ):
         assert enable_gqa or query.shape[1] == key.shape[1]
         assert isinstance(max_q, int) and isinstance(max_k, int)
-        assert window_size[1] == 0, "causal"
+        assert window_size[1] in (0, -1), "causal, or everything"
         self.calls.append("packed")
-        return _packed(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale, window_size[0])
+        causal = window_size[1] == 0
+        return _packed(
+            query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale, window_size[0], causal
+        )
 
 
 class OldTorchVarlen(TorchVarlen):
@@ -250,7 +255,7 @@ class OldTorchVarlen(TorchVarlen):
         return_aux=None,
         scale=None,
     ):
-        assert is_causal
+        window = (-1, 0 if is_causal else -1)
         return super().varlen_attn(
-            query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale=scale, window_size=(-1, 0)
+            query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale=scale, window_size=window
         )
