@@ -86,7 +86,7 @@ class MTTPreTrainedModel(PreTrainedModel):
     # transformers looks for the experts in the file of the model.
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
-        return True
+        return hasattr(cls.config_class, "num_experts")
 
     def _check_and_adjust_attn_implementation(
         self, attn_implementation: str | None, *args: Any, **kwargs: Any
