@@ -186,6 +186,8 @@ class Groups:
     def write(self, architecture: Architecture) -> dict[str, object]:
         """Both numbers."""
         count, chosen = architecture.moe_router_num_groups, architecture.moe_router_group_topk
+        if count == chosen:
+            count = chosen = None
         if count is None and self.never_null:
             count = chosen = 1
         return {self.count: count, self.chosen: chosen}

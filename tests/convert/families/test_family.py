@@ -28,6 +28,7 @@ from tests.convert.families.natives import (
     YARN,
     Case,
     case,
+    experts,
     model_class,
 )
 
@@ -661,6 +662,16 @@ def test_experts_under_either_name(name: str) -> None:
         assert config_class(**{field: 5}).num_local_experts == 5
     written = FAMILIES[name].config(read(name))
     assert ("num_experts" in written) == (name == "qwen3_moe")
+
+
+@pytest.mark.parametrize("last", [0, 3, 4])
+def test_windows_that_no_layer_types_say(last: int) -> None:
+    """The class gives every other of the first layers one, and writes that down itself."""
+    said = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": last}
+    a = read("qwen2_moe", layer_types=None, **said)
+    theirs = experts("qwen2_moe", **said).config()
+    assert a.windowed_layers == tuple(k == "sliding_attention" for k in theirs.layer_types)
+    assert any(a.windowed_layers) == (last > 0)
 
 
 @pytest.mark.parametrize("name", ["deepseek_v3", "glm4_moe"])
