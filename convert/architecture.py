@@ -6,6 +6,8 @@
         h = h + linear_fc2(activation(linear_fc1(norm(h))))
     logits = output_layer(final_layernorm(h))
 
+With `parallel_residual`, both norms of a layer see the same h, and both results are added to it;
+with `shared_layernorm` there is only the first.
 With `parallel_residual`, both norms of a layer see the same h, and both results are added to it.
 A T5 has two such stacks over one embedding. Its encoder sees all tokens; each layer of its decoder
 has a second attention between the two lines, with a norm before it, to what the encoder gives
@@ -26,6 +28,7 @@ KINDS = ("gpt", "t5", "bert")
 NORMALIZATIONS = ("LayerNorm", "RMSNorm")
 ROUTER_SCORE_FUNCTIONS = ("softmax", "sigmoid")
 ACTIVATIONS = ("gelu", "gelu_tanh", "silu", "squared_relu")
+_MOST_TOKENTYPES = 1 << 20
 PARAMS_DTYPES = ("float32", "float16", "bfloat16")
 # Fields without a part in the forward pass.
 TRAINING_ONLY = ("attention_dropout", "hidden_dropout", "init_method_std", "params_dtype")
@@ -173,6 +176,9 @@ class Architecture:
     """Attention and MLP of a layer read the same residual stream, as in GPT-NeoX; no Megatron-Core
     computes that."""
 
+    shared_layernorm: bool = False
+    """With `parallel_residual`, one norm feeds attention and MLP, as in Falcon 7B."""
+
     num_experts: int | None = None
     """Experts of every layer that has them; None for a dense model. All that begins with `moe_`
     is about them (transformer/moe/)."""
@@ -273,6 +279,18 @@ class Architecture:
     """A norm after the last layer, of encoder and decoder alike. Megatron-Core's T5 of local layers
     has none (models/T5/t5_spec.py)."""
 
+    num_tokentypes: int = 0
+    """Rows of the table of token types of a `bert`, which tell a first text from a second; 0 for no
+    table (LanguageModelEmbedding, models/common/embeddings/language_model_embedding.py)."""
+
+    bert_binary_head: bool = False
+    """A `bert` has a pooler, and a head that says whether the second text follows the first
+    (models/bert/bert_model.py)."""
+
+    lm_head_activation: str = "gelu"
+    """`gelu` or `gelu_tanh` in the head of a `bert`, whatever `activation` says
+    (models/bert/bert_lm_head.py; BertLMHead in legacy/model/bert_model.py at core_v0.12)."""
+
     untie_embeddings_and_output_weights: bool = False
     """The output layer has a table of its own."""
 
@@ -367,6 +385,10 @@ class Architecture:
         facts["vocab_size"] = self.vocab_size or self.padded_vocab_size
         if self.kind != "t5":
             del facts["encoder_num_layers"]
+        if self.kind != "bert":
+            del facts["num_tokentypes"], facts["bert_binary_head"], facts["lm_head_activation"]
+        else:  # a table of one type may be of zeros
+            facts["num_tokentypes"] = max(1, self.num_tokentypes)
         if self.position_embedding_type != "relative":
             del facts["relative_attention_num_buckets"], facts["relative_attention_max_distance"]
         facts["add_qkv_bias"] = self.has_qkv_bias
@@ -415,6 +437,13 @@ class Architecture:
         self._one_of("position_embedding_type", POSITION_EMBEDDING_TYPES)
         self._one_of("normalization", NORMALIZATIONS)
         self._one_of("activation", ACTIVATIONS)
+        self._one_of("lm_head_activation", ACTIVATIONS[:2])
+        self._require(
+            0 <= self.num_tokentypes <= _MOST_TOKENTYPES,
+            "an impossible number of token types",
+            "num_tokentypes",
+            f"0 to {_MOST_TOKENTYPES}",
+        )
         if self.params_dtype is not None:
             self._one_of("params_dtype", PARAMS_DTYPES)
         self._require(
@@ -439,6 +468,12 @@ class Architecture:
             "an impossible deviation",
             "init_method_std",
             "at least 0",
+        )
+        self._require(
+            self.parallel_residual or not self.shared_layernorm,
+            "one norm cannot feed attention and MLP one after the other",
+            "shared_layernorm parallel_residual",
+            "shared_layernorm only with parallel_residual",
         )
         self._check_rotation()
         self._check_window()

@@ -50,7 +50,8 @@ NEUTRAL: Mapping[str, Neutral] = {
     "num_unique_layers": Neutral("layers used more than once"),
     "pos_emb": Neutral("GPT-NeoX, whose arguments have other names", (None,)),
     "retro_add_retriever": Neutral("RETRO's retrieval encoder"),
-    "spec": Neutral("layers built by the user's own code"),
+    # Megatron-Core's BERT is built of its own layers with `--spec local` (pretrain_bert.py).
+    "spec": Neutral("layers built by the user's own code", (*OFF, ("local",))),
     "vision_pretraining": Neutral("a vision model"),
     # With a YAML file the model's arguments stand in a nested namespace (yaml_arguments.py).
     "yaml_cfg": Neutral("a model described by a YAML file that is not in the checkpoint"),
@@ -95,18 +96,19 @@ NEUTRAL: Mapping[str, Neutral] = {
     "export_real_quant_cfg": Neutral(_QUANTISED, (*OFF, "None")),
     "fp4_param": Neutral(_QUANTISED),
     "fp4_param_gather": Neutral(_QUANTISED),
-    "fp8_param": Neutral(_QUANTISED),
-    "fp8_param_gather": Neutral(_QUANTISED),
 }
 
-# Matrix products in few bits while training. The stored weights are params_dtype, and computing
-# with them in params_dtype is what the rounding approximated.
+# Matrix products in few bits while training. The stored weights are params_dtype, or FP8 with their
+# scales (see formats/float8.py); computing with them in params_dtype is what the rounding
+# approximated.
 LOW_PRECISION: Mapping[str, str] = {
     "export_kv_cache_quant": "a quantised key/value cache",
     "fp4": "matrix products in FP4",
     "fp8": "matrix products in FP8",
     "fp8_e4m3": "matrix products in FP8",
     "fp8_hybrid": "matrix products in FP8",
+    "fp8_param": "weights kept in FP8 between steps",
+    "fp8_param_gather": "weights kept in FP8 between steps",
     "kitchen_config_file": "matrix products quantised by Kitchen",
     "kitchen_recipe_number": "matrix products quantised by Kitchen",
     "quant_recipe": "matrix products quantised by a recipe",
@@ -141,7 +143,7 @@ SETTINGS: Mapping[str, type] = {
         "bias_gelu_fusion use_te_activation_func use_transformer_engine_op_fuser add_bias_linear "
         "add_qkv_bias qk_layernorm untie_embeddings_and_output_weights fp16 bf16 "
         "use_legacy_models use_mcore_models rotary_interleaved embed_layernorm use_bnb_optimizer "
-        "gpt_j_residual multi_latent_attention moe_router_pre_softmax "
+        "gpt_j_residual bert_binary_head multi_latent_attention moe_router_pre_softmax "
         "moe_router_enable_expert_bias moe_shared_expert_gate mtp_use_repeated_layer "
         "mla_down_proj_fusion".split(),
         bool,

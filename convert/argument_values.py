@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from .argument_tables import Arguments
 from .dtypes import DType
-from .errors import UsageError
+from .errors import UnsupportedError, UsageError
 
 
 def or_default(a: Arguments, name: str, default: object) -> object:
@@ -55,6 +56,13 @@ def missing_arguments(names: Iterable[str], message: str) -> UsageError:
         "bias_gelu_fusion": "True",
         "gpt_j_residual": "True",
         "untie_embeddings_and_output_weights": "True",
+        "kv_lora_rank": "512",
+        "qk_head_dim": "128",
+        "qk_pos_emb_head_dim": "64",
+        "v_head_dim": "128",
+        "rotary_scaling_factor": "40",
+        "mscale": "1.0",
+        "mscale_all_dim": "1.0",
     }
     notes = {
         "bias_gelu_fusion": "True: GELU by tanh, False: exact GELU; or squared_relu=True",
@@ -71,4 +79,28 @@ def missing_arguments(names: Iterable[str], message: str) -> UsageError:
         expected="; ".join(f"{name} ({notes[name]})" if name in notes else name for name in names),
         fix="with this model's values: "
         + " ".join(f"--set {name}={examples[name]}" for name in names),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Odd:
+    """An argument that is in the way: its value, what that does, and what would be possible."""
+
+    name: str
+    value: object
+    meaning: str
+    instead: str
+
+
+def refusal(message: str, odd: Sequence[Odd]) -> UnsupportedError:
+    """The error that names all arguments that are in the way."""
+    return UnsupportedError(
+        message,
+        found="; ".join(
+            f"{one.name} = {show(one.value)}" + (f" ({one.meaning})" if one.meaning else "")
+            for one in odd
+        ),
+        expected="; ".join(f"{one.name} = {one.instead}" for one in odd),
+        fix="if the arguments are wrong, say it: "
+        + " ".join(f"--set {one.name}={one.instead.split()[0]}" for one in odd),
     )

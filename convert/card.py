@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from .architecture import Architecture
+from .card_bert import bert_class, bert_python, bert_rows
 from .checkpoint import Checkpoint
 from .families import Family
 from .layouts import tensor_parallel_sizes
@@ -16,6 +17,7 @@ from .version import __version__
 _TASKS = {
     "AutoModelForCausalLM": "text-generation",
     "AutoModelForSeq2SeqLM": "text2text-generation",
+    "AutoModelForPreTraining": "fill-mask",
 }
 _MOST_GPUS = 8  # of the example: those of one machine
 Rows = list[tuple[str, object]]
@@ -41,6 +43,10 @@ def model_card(
     """
     has_code = family.code is not None
     title = "Megatron-Turing model" if has_code else family.causal_lm
+    example, several = _python(family, tokenizer), _several(architecture, family)
+    if architecture.kind == "bert":
+        title = bert_class(architecture)
+        example, several = bert_python(architecture, tokenizer), ""
     text = f"""\
 ---
 # license: fill in the identifier of yours, see https://huggingface.co/docs/hub/repositories-licenses
@@ -65,10 +71,10 @@ tags:
 On one GPU, or on a CPU:
 
 ```python
-{_python(family, tokenizer)}
+{example}
 ```
 {_CODE_NOTE if has_code else ""}
-{_several(architecture, family)}
+{several}
 ## License
 
 To be filled in by whoever publishes this model.
@@ -112,15 +118,22 @@ def _model_rows(a: Architecture, num_parameters: int, dtype: str) -> Rows:
         ("Norm", f"{a.normalization}, epsilon {a.layernorm_epsilon:g}{centred}"),
         ("Norm after the last layers", None if a.final_layernorm else "none"),
         ("Norm after the embedding", "yes" if a.embedding_norm else None),
-        ("Residuals", "parallel" if a.parallel_residual else None),
+        ("Residuals", _residuals(a)),
         ("Biases", biases if a.has_qkv_bias else "none"),
         ("Positions", _positions(a)),
         ("Window", _window(a)),
         ("Vocabulary", f"{a.vocab_size or a.padded_vocab_size:,}"),
+        *bert_rows(a),
         ("Layers that predict further tokens", a.mtp_num_layers or None),
         ("Head", "its own" if a.untie_embeddings_and_output_weights else "tied to the embedding"),
         ("Element type", dtype),
     ]
+
+
+def _residuals(a: Architecture) -> str | None:
+    if not a.parallel_residual:
+        return None
+    return "parallel, of one norm" if a.shared_layernorm else "parallel"
 
 
 def experts_text(a: Architecture) -> str | None:

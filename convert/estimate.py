@@ -255,6 +255,9 @@ def activation_bytes(
         attention += pairs * (_FLOAT32 + cast + copies * itemsize)
         attention += sequence_length**2 * _DISTANCE
     mlp = _mlp_channels(a, tp) * tokens * itemsize
+    if a.num_experts is not None:
+        # Their weights are numbers in float32, and so is what is multiplied by them.
+        mlp += a.moe_router_topk * a.hidden_size * tokens * (_FLOAT32 if cast else 0)
     # What tensor-parallel processes add up is held more than once.
     streams = 4 if tp == 1 else 7
     layer = streams * a.hidden_size * tokens * itemsize + max(attention, mlp)

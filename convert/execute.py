@@ -89,9 +89,7 @@ def run(
     num_workers = min(num_workers, plan.num_tensors)
     job = _Job(_queue(plan, file_by_file), sink, algorithm, progress)
     job.gives_back = is_filled_by(plan.num_bytes)
-    if num_workers < num_cores():
-        sizes = (window_size(t.source) for file in plan.files for t in file.tensors)
-        job.depth = _AHEAD if max(sizes, default=0) <= WINDOW_BYTES else 1
+    job.depth = _depth(plan, num_workers)
     if num_workers <= 1:
         job.work()
         return
@@ -102,6 +100,21 @@ def run(
         except BaseException:
             job.stop()
             raise
+
+
+def memory(plan: ConversionPlan, num_workers: int) -> int:
+    """About how many bytes the workers of a run hold: their windows, and what is read for them."""
+    sources = [tensor.source for file in plan.files for tensor in file.tensors]
+    largest = max((min(window_size(s), s.num_bytes) for s in sources), default=0)
+    return num_workers * (2 + _depth(plan, num_workers)) * largest
+
+
+def _depth(plan: ConversionPlan, num_workers: int) -> int:
+    """Windows that each worker reads ahead."""
+    if num_workers >= num_cores():
+        return 0
+    sizes = (window_size(tensor.source) for file in plan.files for tensor in file.tensors)
+    return _AHEAD if max(sizes, default=0) <= WINDOW_BYTES else 1
 
 
 def num_cores() -> int:

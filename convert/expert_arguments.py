@@ -11,10 +11,11 @@ from collections.abc import Mapping
 
 from .architecture import ROUTER_SCORE_FUNCTIONS, Architecture
 from .argument_tables import OFF, Arguments, Neutral
-from .argument_values import is_in, number, or_default, show
+from .argument_values import Odd, is_in, number, or_default, refusal, show
 from .errors import UnsupportedError
 
 _MOST_LAYERS = 100_000
+_MESSAGE = "the model computes something that mtt cannot represent"
 _INTERLEAVED = "gate and up of experts interleaved in blocks"
 _BENCHMARK = "a router that ignores its scores, for benchmarks"
 
@@ -60,11 +61,8 @@ def num_experts(a: Arguments) -> int | None:
     if is_in(value, (*OFF, (1,))):
         return None
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise UnsupportedError(
-            "the model computes something that mtt cannot represent",
-            found=f"num_experts = {show(value)} (mixture of experts of Megatron-DeepSpeed)",
-            expected="num_experts = None, or one number as in Megatron-Core",
-        )
+        meaning = "mixture of experts of Megatron-DeepSpeed"
+        raise refusal(_MESSAGE, [Odd("num_experts", value, meaning, "None")])
     return value
 
 
@@ -109,30 +107,25 @@ def expert_fields(a: Arguments, num_layers: int, ffn: int, legacy: bool) -> dict
 def _refuse(a: Arguments, legacy: bool) -> None:
     """Raise UnsupportedError for experts that mtt cannot represent, naming all reasons."""
     odd = [
-        (f"{name} = {show(a[name])} ({neutral.meaning})", f"{name} = {neutral.values[0]}")
+        Odd(name, a[name], neutral.meaning, str(neutral.values[0]))
         for name, neutral in NEUTRAL.items()
         if not is_in(a.get(name), neutral.values) and not _is_negative(name, a.get(name))
     ]
     if legacy:
-        odd.append(("use_legacy_models = True (experts of before Megatron-Core)", "False"))
+        odd.append(Odd("num_experts", a["num_experts"], "with Megatron-LM's legacy GPT", "None"))
     kinds = or_default(a, BALANCING, "none")
     names = kinds if isinstance(kinds, (list, tuple)) else (kinds,)
     if any(name not in _BALANCING for name in names):
-        known = ", ".join(_BALANCING)
-        odd.append((f"{BALANCING} = {show(kinds)}", f"one of {known}"))
+        meaning = "chooses experts in another way than by their scores"
+        odd.append(Odd(BALANCING, kinds, meaning, " or ".join(_BALANCING)))
     function = or_default(a, "moe_router_score_function", "softmax")
     if function not in ROUTER_SCORE_FUNCTIONS:
         known = " or ".join(ROUTER_SCORE_FUNCTIONS)
-        odd.append((f"moe_router_score_function = {show(function)}", known))
+        odd.append(Odd("moe_router_score_function", function, "", known))
     elif a.get("moe_router_enable_expert_bias") is True and function != "sigmoid":
-        odd.append((f"moe_router_enable_expert_bias = True with {function}", "with sigmoid"))
+        odd.append(Odd("moe_router_enable_expert_bias", True, f"with {function}", "False"))
     if odd:
-        raise UnsupportedError(
-            "the experts compute something that mtt cannot represent",
-            found="; ".join(found for found, _ in odd),
-            expected="; ".join(expected for _, expected in odd),
-            fix="if an argument is wrong, say it: --set NAME=VALUE",
-        )
+        raise refusal(_MESSAGE, odd)
 
 
 def _is_negative(name: str, value: object) -> bool:
@@ -169,7 +162,7 @@ def _pattern(freq: object, num_layers: int) -> tuple[int, ...]:
         raise UnsupportedError(
             "mtt cannot tell which layers have experts",
             found=f"moe_layer_freq = {show(freq)}, {num_layers} layers",
-            expected="a number, or a list with a 1 or 0 for each layer",
+            expected="moe_layer_freq = a number, or a list with a 1 or 0 for each layer",
             fix="say it: --set moe_layer_freq=VALUE",
         )
     if not any(flags):
@@ -221,19 +214,15 @@ def further_tokens(a: Arguments) -> dict[str, object]:
     if not count:
         return {}
     odd = [
-        f"{name} = {show(a[name])} ({neutral.meaning})"
+        Odd(name, a[name], neutral.meaning, "None")
         for name, neutral in _NEUTRAL_MTP.items()
         if not is_in(a.get(name), neutral.values)
     ]
     if a.get("mtp_use_repeated_layer") is True and count != 1:
-        odd.append("mtp_use_repeated_layer = True (one layer that predicts several further tokens)")
+        meaning = "one layer that predicts several further tokens"
+        odd.append(Odd("mtp_use_repeated_layer", True, meaning, "False"))
     if odd:
-        raise UnsupportedError(
-            "the model computes something that mtt cannot represent",
-            found="; ".join(odd),
-            expected=f"{count} layers like the last one of the decoder",
-            fix="if an argument is wrong, say it: --set NAME=VALUE",
-        )
+        raise refusal(_MESSAGE, odd)
     return {"mtp_num_layers": count}
 
 

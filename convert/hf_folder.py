@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from .architecture import Architecture
@@ -17,7 +18,7 @@ from .conversion import (
     true_vocabulary,
 )
 from .documents import config_json, generation_json, modeling_files, special_tokens
-from .errors import UsageError
+from .errors import UnsupportedError, UsageError
 from .families import FAMILIES, Family, exact_families
 from .families.names import EXPERTS
 from .formats.hf_safetensors import INDEX, plan_files
@@ -25,8 +26,8 @@ from .plan import ConversionPlan, parse_size
 from .tokenizer import Tokenizer
 
 AUTO, DEFAULT = "auto", "mtt"
-# The family of each kind of model that computes all of them.
-_DEFAULTS = {"gpt": DEFAULT, "t5": "mtt_seq2seq"}
+# The family of each kind of model that computes all of them, or the only one.
+_DEFAULTS = {"gpt": DEFAULT, "t5": "mtt_seq2seq", "bert": "megatron-bert"}
 # What every class keeps in float32 in a model of another type.
 _NOT_CAST = (EXPERTS.bias,)
 
@@ -79,7 +80,7 @@ def plan_conversion(
         **modeling_files(family),
         **words.files,
         "README.md": model_card(checkpoint, family, architecture, count, stored, words),
-        "generation_config.json": generation_json(checkpoint, tokens),
+        **_generation(checkpoint, family, tokens),
         **({INDEX: index} if index is not None else {}),
         "config.json": config_json(family, fields, stored, tokens),
     }
@@ -97,6 +98,15 @@ def plan_conversion(
     )
 
 
+def _generation(
+    checkpoint: Checkpoint, family: Family, tokens: Mapping[str, object]
+) -> dict[str, bytes]:
+    """`generation_config.json`, but of a model that does not generate."""
+    if family.kind == "bert":
+        return {}
+    return {"generation_config.json": generation_json(checkpoint, tokens)}
+
+
 def _preferred(exact: tuple[str, ...], checkpoint: Checkpoint) -> tuple[str, ...]:
     """Exact families, the one the checkpoint came from first."""
     return tuple(sorted(exact, key=lambda name: name != checkpoint.dialect))
@@ -107,6 +117,7 @@ def _family(model_type: str, architecture: Architecture, exact: tuple[str, ...])
 
     Raises:
         UsageError: the one asked for does not compute the same function.
+        UnsupportedError: none does.
     """
     default = _DEFAULTS.get(architecture.kind, DEFAULT)
     if model_type == DEFAULT:
@@ -114,9 +125,17 @@ def _family(model_type: str, architecture: Architecture, exact: tuple[str, ...])
     if model_type == AUTO:
         able = [FAMILIES[name] for name in exact]
         able = [f for f in able if f.has_tp_plan and f.has_attention_backends]
-        return able[0] if able else FAMILIES[default]
+        if able:
+            return able[0]
+        model_type = default
     family = FAMILIES[model_type]
     misfits = () if family.code else family.misfits(architecture)
+    if misfits and not exact and family.name == default and not family.fix(architecture):
+        raise UnsupportedError(
+            "no class of transformers computes this model; nothing was written",
+            found="; ".join(misfits),
+            expected=f"what {family.causal_lm} computes",
+        )
     if misfits:
         others = f"--model-type {exact[0] if exact else default}, which computes exactly the same"
         if all(text.startswith("mtp_num_layers") for text in misfits):
@@ -125,7 +144,7 @@ def _family(model_type: str, architecture: Architecture, exact: tuple[str, ...])
             f"this model is not exactly a {model_type}; nothing was written",
             found="; ".join(misfits),
             expected=f"what {family.causal_lm} computes",
-            fix=others,
+            fix=family.fix(architecture) or others,
         )
     return family
 

@@ -19,16 +19,18 @@ from collections.abc import Iterable, Mapping
 from . import parameters, sources
 from .architecture import Architecture
 from .checkpoint import Checkpoint, Layout, Replicas
+from .dialects import foreign
 from .dtypes import DTYPES
 from .errors import (
     CorruptError,
     IncompleteError,
     MappingError,
+    SourceError,
     UnsupportedError,
     UsageError,
 )
 from .families import FAMILIES, Family
-from .formats import hf_safetensors
+from .formats import float8, hf_safetensors
 from .mapping import RuleTable, shorten
 from .sources import listing
 from .tensors import LazyTensor, zeros
@@ -83,7 +85,10 @@ def open_hf_folder(
     _check_weights(folder)
     architecture = family.architecture(config)
     stored = hf_safetensors.read_tensors(folder)
-    if scales := [name for name in stored if name.endswith("_scale_inv")]:
+    num_files = len({path for t in stored.values() for p in t.pieces for path in p.paths})
+    if config.get("quantization_config"):
+        stored = float8.without_scales(stored, config)
+    elif scales := [name for name in stored if name.endswith("_scale_inv")]:
         raise _quantised(f"scales of blocks: {shorten(scales, 4)}")
     skipped = tuple(sorted(set(stored) & set(skip_keys)))
     buffers = tuple(n for n in stored if re.fullmatch(family.buffers, n) and n not in skipped)
@@ -96,7 +101,6 @@ def open_hf_folder(
         "tied copy": tuple(copy.name for copy in replicas if copy.tied),
         "copies": tuple(copy.name for copy in replicas if not copy.tied),
     }
-    files = {piece.path for tensor in tensors.values() for piece in tensor.pieces}
     return Checkpoint(
         format=FORMAT,
         folder=folder,
@@ -108,9 +112,13 @@ def open_hf_folder(
         args=_tokenizer_arguments(folder),
         replicas=replicas,
         dropped={kind: names for kind, names in dropped.items() if names},
-        warnings=(*family.warnings(config), *_foreign_code(family, config)),
+        warnings=(
+            *float8.note(stored.values()),
+            *family.warnings(config),
+            *_foreign_code(family, config),
+        ),
         evidence=(f"config.json with model_type {family.name}",),
-        num_files=len(files),
+        num_files=num_files,
         iterations=(),
         config=config,
     )
@@ -143,18 +151,27 @@ def family_of(config: Mapping[str, object], folder: str) -> Family:
     """
     name = config.get("model_type")
     if not isinstance(name, str) or name not in FAMILIES:
+        more = foreign.describe(_names(folder))
         raise UnsupportedError(
             f"mtt cannot read this kind of model: {folder}",
-            found=f"model_type = {name!r}",
+            found=f"model_type = {name!r}" + (f"; {more}" if more else ""),
             expected=", ".join(sorted(FAMILIES)),
         )
     return FAMILIES[name]
 
 
+def _names(folder: str) -> Iterable[str]:
+    """Names of tensors, as far as files say them."""
+    try:
+        return hf_safetensors.read_tensors(folder) if hf_safetensors.holds_model(folder) else ()
+    except SourceError:
+        return ()
+
+
 def _check_class(family: Family, config: Mapping[str, object]) -> None:
     """Raise UnsupportedError for another head, or weights that are not plain numbers."""
     names = config.get("architectures") or []
-    known = (family.causal_lm, family.base_model)
+    known = (family.causal_lm, family.base_model, *family.other_heads)
     if not isinstance(names, list) or any(name not in known for name in names):
         raise UnsupportedError(
             "mtt converts language models only",
@@ -164,14 +181,15 @@ def _check_class(family: Family, config: Mapping[str, object]) -> None:
     if config.get("quantization_config"):
         details = config["quantization_config"]
         method = details.get("quant_method") if isinstance(details, dict) else None
-        raise _quantised(f"quantization_config with quant_method = {method!r}")
+        if method != float8.METHOD:
+            raise _quantised(f"quantization_config with quant_method = {method!r}")
 
 
 def _quantised(found: str) -> UnsupportedError:
     return UnsupportedError(
         "the weights are kept in a quantised form",
         found=found,
-        expected="weights in float32, float16 or bfloat16",
+        expected="weights in float32, float16 or bfloat16, or in fp8 with scales for blocks",
         fix="give the folder this one was quantised from",
     )
 

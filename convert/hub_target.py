@@ -49,6 +49,7 @@ class HubSink:
         resume: bool = False,
         private: bool = False,
         create_pr: bool = False,
+        num_workers: int = 1,
         progress: Progress | None = None,
     ) -> None:
         self.pending = plan
@@ -59,7 +60,7 @@ class HubSink:
         self._branch = Branch(place, private, create_pr)
         self._state = UploadState(place, work_of_upload(plan, algorithm), resume)
         self._writer = FileWriter(self._state.folder, self.manifest)
-        self._progress, self._done = progress, 0
+        self._num_workers, self._progress, self._done = num_workers, progress, 0
         self._blobs: list[Blob] = []
         self._outdated: set[str] = set()
         self._thread: threading.Thread | None = None
@@ -93,7 +94,14 @@ class HubSink:
         source = self.manifest["source"]
         names = {*self.manifest["files"], *self._plan.documents, manifest.NAME}
         taken = self._branch.outdated(names, there)
-        if there is not None and is_same(there, self._plan, source, self._algorithm):
+        if there is not None and is_same(
+            there,
+            self._plan,
+            source,
+            self._algorithm,
+            num_workers=self._num_workers,
+            progress=self._progress,
+        ):
             self.unchanged, self.manifest = True, there
             self.pending = replace(self._plan, files=(), replicas=())
         elif taken and not self._overwrite:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from .architecture import Architecture
 from .argument_tables import Arguments
-from .argument_values import missing_arguments, number, or_default, show
+from .argument_values import Odd, missing_arguments, number, or_default, refusal
 from .errors import UnsupportedError
 
 _NEEDED = ("kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim")
@@ -64,39 +64,43 @@ def _refuse(a: Arguments) -> None:
     kind = str(or_default(a, "position_embedding_type", "learned_absolute"))
     scaled = number(a, "rotary_scaling_factor", 1) > 1 and number(a, "mscale_all_dim", 0) != 0
     is_rope = _rope_type(a) == "rope"
-    odd = [
-        (f"{name} = {show(a.get(name))}", expected)
-        for name, expected, is_odd in (
-            # GPTModel adds its table of positions all the same.
-            (
-                "position_embedding_type",
-                "rope",
-                kind not in ("rope", "none")
-                and a.get("use_rotary_position_embeddings") is not True,
-            ),
-            ("rope_type", "rope or yarn", _rope_type(a) not in ("rope", "yarn")),
-            ("rotary_interleaved", "False", a.get("rotary_interleaved") is True),
-            ("use_rope_scaling", "False", a.get("use_rope_scaling") is True),
-            ("rotary_percent", "1.0", is_rope and number(a, "rotary_percent", 1) != 1),
-            (
-                "rotary_seq_len_interpolation_factor",
-                "None",
-                number(a, "rotary_seq_len_interpolation_factor", 1) != 1,
-            ),
-            # Scores are scaled without YaRN too.
-            ("mscale_all_dim", "0.0 with rope_type = rope", is_rope and scaled),
-            ("group_query_attention", "False", a.get("group_query_attention") is True),
-            ("mla_down_proj_fusion", "False", a.get("mla_down_proj_fusion") is True),
-        )
-        if is_odd
-    ]
+    is_rotary = a.get("use_rotary_position_embeddings") is True
+    other = "Megatron's latent attention does not look at it"
+    checks = (
+        # GPTModel adds its table of positions all the same.
+        (
+            "position_embedding_type",
+            "beside rotated keys",
+            "rope",
+            kind not in ("rope", "none") and not is_rotary,
+        ),
+        ("rope_type", "", "yarn or rope", _rope_type(a) not in ("rope", "yarn")),
+        ("rotary_interleaved", "Megatron refuses that", "False", _is_on(a, "rotary_interleaved")),
+        ("use_rope_scaling", other, "False", _is_on(a, "use_rope_scaling")),
+        ("rotary_percent", "", "1.0", is_rope and number(a, "rotary_percent", 1) != 1),
+        (
+            "rotary_seq_len_interpolation_factor",
+            other,
+            "None",
+            number(a, "rotary_seq_len_interpolation_factor", 1) != 1,
+        ),
+        # Scores are scaled without YaRN too.
+        ("mscale_all_dim", "scales scores without YaRN", "0.0", is_rope and scaled),
+        ("group_query_attention", "", "False", _is_on(a, "group_query_attention")),
+        (
+            "mla_down_proj_fusion",
+            "down projections as one",
+            "False",
+            _is_on(a, "mla_down_proj_fusion"),
+        ),
+    )
+    odd = [Odd(name, a.get(name), why, word) for name, why, word, is_odd in checks if is_odd]
     if odd:
-        raise UnsupportedError(
-            "Megatron's latent attention does not compute this, or mtt cannot represent it",
-            found="; ".join(found for found, _ in odd),
-            expected="; ".join(f"{found.split()[0]} = {word}" for found, word in odd),
-            fix="if an argument is wrong, say it: --set NAME=VALUE",
-        )
+        raise refusal("the latent attention is one that mtt cannot represent", odd)
+
+
+def _is_on(a: Arguments, name: str) -> bool:
+    return a.get(name) is True
 
 
 def _rope_type(a: Arguments) -> str:

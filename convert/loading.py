@@ -6,9 +6,11 @@ import dataclasses
 import logging
 import os
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from . import replicas
+from .bert_logits import check_single, model_class
+from .conversion import Conversion
 from .documents import generation_config
 from .dropping import without_mtp
 from .errors import MTTError, UsageError
@@ -79,7 +81,8 @@ def from_megatron(
 ) -> MTTForCausalLM | MTTForConditionalGeneration:
     """Load a Megatron checkpoint as a `MTTForCausalLM` without writing a file.
 
-    A T5 becomes a `MTTForConditionalGeneration`.
+    A T5 becomes a `MTTForConditionalGeneration`, a BERT the class of transformers that its
+    `config.json` would name.
 
     With `tp_size` or `pp_size` it is called by every process that torchrun started, reads only
     what its process holds, and gives what `from_pretrained` with a `DistributedConfig` would.
@@ -121,6 +124,12 @@ def from_megatron(
     conversion = plan_conversion(
         checkpoint, dtype=dtype, vocab_padding=vocab_padding, tokenizer=tokenizer
     )
+    if conversion.checkpoint.architecture.kind == "bert":
+        check_single(tp_size * pp_size)
+        for warning in replicas.compare(conversion.plan.replicas, policy):
+            _LOGGER.warning(warning)
+        bert = _bert(conversion, kwargs, num_workers=num_workers, progress=progress)
+        return cast("MTTForCausalLM", bert)
     fields = {**conversion.config, **conversion.tokens, "dtype": conversion.dtype, **kwargs}
     config_class, model_class = _classes(conversion.model_type)
     _check_keywords(kwargs, config_class)
@@ -169,3 +178,27 @@ def _check_keywords(kwargs: Mapping[str, object], *classes: Any) -> None:
     known = {field.name for one in classes for field in dataclasses.fields(one)}
     if unknown := sorted(set(kwargs) - known - {"attn_implementation"}):
         raise TypeError(f"from_megatron() got unexpected keywords: {', '.join(unknown)}")
+
+
+def _bert(
+    conversion: Conversion,
+    kwargs: Mapping[str, Any],
+    *,
+    num_workers: int,
+    progress: Progress | None,
+) -> Any:
+    """A BERT of transformers' own class."""
+    from accelerate import init_empty_weights
+    from transformers import MegatronBertConfig
+
+    fields = {**conversion.config, **conversion.tokens, "dtype": conversion.dtype, **kwargs}
+    config = MegatronBertConfig(**fields)
+    with init_empty_weights(include_buffers=False):
+        model = model_class(config)(config)
+    sink = TensorSink()
+    run(conversion.plan, sink, num_workers=num_workers, algorithm="none", progress=progress)
+    missing, unexpected = model.load_state_dict(sink.tensors, strict=False, assign=True)
+    if unexpected or set(missing) - set(model.all_tied_weights_keys):
+        raise MTTError(f"the model and the plan disagree: {sorted(missing)} {unexpected}")
+    model.tie_weights(recompute_mapping=False)
+    return model.eval()

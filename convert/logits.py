@@ -8,6 +8,7 @@ import zlib
 from typing import TYPE_CHECKING
 
 from . import seq2seq
+from .bert_logits import bert_difference, is_bert, load_bert
 from .errors import CorruptError, SourceError, UsageError
 from .families import FAMILIES
 from .formats import hf_safetensors
@@ -48,6 +49,8 @@ def load_model(
         options["distributed_config"] = DistributedConfig(tp_size=tp_size, pp_size=pp_size)
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+        if is_bert(config):
+            return load_bert(path, config, dtype, tp_size * pp_size)
         if isinstance(config, (MTTConfig, MTTSeq2SeqConfig)):
             check_layout(config, tp_size, pp_size)
         family = FAMILIES.get(config.model_type)
@@ -98,6 +101,8 @@ def compare_logits(path: str | os.PathLike[str], reference: str | os.PathLike[st
     path, reference = os.fspath(path), os.fspath(reference)
     arrays, wanted = _read_reference(reference)
     model = load_model(path, dtype="float32")
+    if is_bert(model.config):
+        return bert_difference(model, reference, arrays[_IDS], wanted)
     rows, limit = model.config.vocab_size, position_limit(model)
     if (_DECODER_IDS in arrays) != seq2seq.is_seq2seq(model):
         raise _unfit(

@@ -31,7 +31,7 @@ from .dialects import CORE, WRITABLE
 from .dialects.modules import Modules
 from .documents import special_tokens
 from .dtypes import DTYPES
-from .errors import LayoutError, UsageError
+from .errors import LayoutError, UnsupportedError, UsageError
 from .formats import megatron_torch, megatron_torch_dist
 from .formats.folders import TRACKER
 from .formats.megatron_torch import RankModel
@@ -100,6 +100,13 @@ def plan_conversion(
         UsageError: options that contradict each other or the checkpoint.
     """
     check_dtype(dtype)
+    if checkpoint.architecture.kind == "bert":
+        raise UnsupportedError(
+            "mtt reads BERT, and does not write it as a Megatron checkpoint; nothing was written",
+            found=f"{checkpoint.folder}, a BERT, to {to}",
+            expected="a GPT",
+            fix="convert it with --to hf",
+        )
     _check_choices(transformer_impl, make_vocab_size_divisible_by)
     if pipeline_model_parallel_layout is not None:
         vpp = _chunks_of(pipeline_model_parallel_layout, pp, vpp)
@@ -303,12 +310,13 @@ class _Writer:
         is_t5 = architecture.kind == "t5"
         self._modules: Modules = dialect.T5_MODULES if is_t5 else dialect.MODULES
         self._num_local = (architecture.num_experts or 0) // target.layout.ep
-        self._of_stage = {
-            (stage, ep): [name for name in names if self._has(name, ep)]
-            for stage in stages
-            for names in [topology.stage_names(tensors, stage)]
-            for ep in range(target.layout.ep)
-        }
+        self._of_stage: dict[tuple[Stage, int], list[str]] = {}
+        for stage in stages:
+            parts: list[list[str]] = [[] for _ in range(target.layout.ep)]
+            for name in topology.stage_names(tensors, stage):
+                for part in parts if not topology.is_of_expert(name) else [parts[self._rank(name)]]:
+                    part.append(name)
+            self._of_stage |= {(stage, ep): part for ep, part in enumerate(parts)}
 
     def arguments(self, rank: int) -> dict[str, object]:
         """The arguments that a rank stores."""
@@ -341,11 +349,9 @@ class _Writer:
             return 1, 0
         return self._layout.tp, rank % self._layout.tp
 
-    def _has(self, name: str, ep: int) -> bool:
-        """Whether an expert-parallel rank has a parameter of its stage."""
-        if not topology.is_of_expert(name):
-            return True
-        return topology.expert_number(name) // self._num_local == ep
+    def _rank(self, name: str) -> int:
+        """The expert-parallel rank that has a parameter of an expert."""
+        return topology.expert_number(name) // self._num_local
 
     def _state_dict(self, stage: Stage, rank: int) -> dict[str, Weight | None]:
         held = {}

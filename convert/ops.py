@@ -256,6 +256,35 @@ class TrimVocab:
 
 
 @dataclass(frozen=True)
+class AddTokenTypes:
+    """Word embeddings of a BERT without token types -> those, and a table of one type of zeros."""
+
+    @property
+    def inverse(self) -> Op:
+        """Drop the second table."""
+        return DropTokenTypes()
+
+    def apply(self, tensors: Tensors, architecture: Architecture) -> Tensors:
+        """[padded_vocab_size, h] -> [vocab_size, h], [1, h]."""
+        (words,) = TrimVocab().apply(tensors, architecture)
+        return (words, zeros(words.dtype, (1, *words.shape[1:])))
+
+
+@dataclass(frozen=True)
+class DropTokenTypes:
+    """Word embeddings and a table of token types -> the former alone."""
+
+    @property
+    def inverse(self) -> Op:
+        """Add a table of zeros."""
+        return AddTokenTypes()
+
+    def apply(self, tensors: Tensors, architecture: Architecture) -> Tensors:
+        """[vocab_size, h], [1, h] -> [padded_vocab_size, h]."""
+        return PadVocab().apply(tensors[:1], architecture)
+
+
+@dataclass(frozen=True)
 class PadVocab:
     """Rows of zeros up to the padded vocabulary size."""
 

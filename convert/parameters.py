@@ -64,6 +64,14 @@ def _norm(name: str, size: Callable[[Architecture], int], when: Condition) -> It
     yield Parameter(f"{name}bias", lambda a: (size(a),), when=lambda a: when(a) and a.has_norm_bias)
 
 
+def _linear(
+    name: str, shape: Callable[[Architecture], tuple[int, int]], when: Condition
+) -> Iterator[Parameter]:
+    """A linear layer with a bias that every rank holds all of."""
+    yield Parameter(f"{name}.weight", shape, when=when)
+    yield Parameter(f"{name}.bias", lambda a: shape(a)[:1], when=when)
+
+
 def _mlp(
     name: str,
     width: Callable[[Architecture], int],
@@ -98,6 +106,14 @@ def _is_latent(a: Architecture) -> bool:
 
 def _is_plain(a: Architecture) -> bool:
     return not a.multi_latent_attention
+
+
+def _is_bert(a: Architecture) -> bool:
+    return a.kind == "bert"
+
+
+def _has_binary_head(a: Architecture) -> bool:
+    return _is_bert(a) and a.bert_binary_head
 
 
 def _is_dense(a: Architecture, layer: int) -> bool:
@@ -140,6 +156,11 @@ _EMBEDDINGS = (
         "embedding.position_embeddings.weight",
         lambda a: (a.max_position_embeddings, a.hidden_size),
         when=lambda a: a.has_position_table,
+    ),
+    Parameter(
+        "embedding.tokentype_embeddings.weight",
+        lambda a: (a.num_tokentypes, a.hidden_size),
+        when=lambda a: _is_bert(a) and a.num_tokentypes > 0,
     ),
     *_norm("embedding.norm.", lambda a: a.hidden_size, lambda a: a.embedding_norm),
     *(
@@ -251,7 +272,9 @@ _CROSS_ATTENTION = (
     ),
 )
 _MLPS = (
-    *_norm(f"{_MLP}.linear_fc1.layer_norm_", lambda a: a.hidden_size, _always),
+    *_norm(
+        f"{_MLP}.linear_fc1.layer_norm_", lambda a: a.hidden_size, lambda a: not a.shared_layernorm
+    ),
     *_mlp(_MLP, lambda a: a.ffn_hidden_size, layers=_is_dense),
     Parameter(
         f"{_MLP}.router.weight", lambda a: (a.num_experts or 0, a.hidden_size), layers=_is_sparse
@@ -290,6 +313,9 @@ PARAMETERS = (
     *_norm(f"{_MTP}.hnorm.", lambda a: a.hidden_size, _always),
     Parameter(f"{_MTP}.eh_proj.weight", lambda a: (a.hidden_size, 2 * a.hidden_size), 0),
     *_norm(f"{_MTP}.final_layernorm.", lambda a: a.hidden_size, _always),
+    *_linear("pooler.dense", lambda a: (a.hidden_size, a.hidden_size), _has_binary_head),
+    *_linear("lm_head.dense", lambda a: (a.hidden_size, a.hidden_size), _is_bert),
+    *_norm("lm_head.layer_norm.", lambda a: a.hidden_size, _is_bert),
     Parameter(
         "output_layer.weight",
         lambda a: (a.padded_vocab_size, a.hidden_size),
@@ -301,10 +327,11 @@ PARAMETERS = (
         "output_layer.bias",
         lambda a: (a.padded_vocab_size,),
         0,
-        when=lambda a: _is_t5(a) and _is_tied(a),
+        when=lambda a: _is_bert(a) or (_is_t5(a) and _is_tied(a)),
     ),
+    *_linear("binary_head", lambda a: (2, a.hidden_size), _has_binary_head),
 )
-# Those with a row per token.
+# Those with a row or an element per token.
 VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight", "output_layer.bias")
 # Kept in float32 whatever the others are in: what is learnt of it is too small for fewer bits
 # (TopKRouter._maintain_float32_expert_bias, core/transformer/moe/router.py).

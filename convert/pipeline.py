@@ -18,7 +18,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, TypedDict, Unpack
 
 from . import (
@@ -42,13 +41,15 @@ from .arguments import (
     notes,
     unknown_arguments,
 )
+from .bert_arguments import bert_architecture
 from .checkpoint import Checkpoint, RawCheckpoint
 from .conversion import Conversion
+from .dialects import foreign
 from .documents import source_facts
 from .dropping import without_mtp
 from .errors import InconsistentError, UsageError
 from .execute import Progress, run
-from .formats import epfl
+from .formats import epfl, float8
 from .hub import is_hub, parse_place
 from .hub_target import HubSink
 from .manifest import ALGORITHMS
@@ -102,6 +103,7 @@ def open_checkpoint(
         raw = epfl.in_core_words(raw)
     raw = replace(raw, shards=experts.numbered(raw.shards))
     names = {name for shard in raw.shards for name in shard.tensors}
+    foreign.refuse(raw.shards, raw.args)
     dialect = dialects.detect(names)
     shards = dialects.canonical(dialect, raw.shards)
     overrides = overrides or {}
@@ -116,7 +118,7 @@ def open_checkpoint(
         args, remarks = dialect.arguments(raw.args or {}, shapes, overrides)
         shards = [replace(shard, args=None) for shard in raw.shards]
         raw = replace(raw, args=args, shards=tuple(shards))
-    architecture = _architecture(raw, shapes, overrides, legacy=not dialect.is_core)
+    architecture = _architecture(raw, shapes, overrides, dialect)
     order, reason = _row_order(raw, dialect, names, architecture, qkv_order)
     held = row_order.in_head_order(held, order, architecture, raw.layout.tp, tp)
     if raw.has_up_first or dialect.has_up_first(names):
@@ -144,6 +146,7 @@ def open_checkpoint(
         replicas=copies,
         dropped=dropped,
         warnings=(
+            *float8.note(tensors.values()),
             *remarks,
             *notes(raw.args or {}, overrides),
             *_unknown_arguments(raw),
@@ -177,17 +180,29 @@ def _architecture(
     raw: RawCheckpoint,
     shapes: Mapping[str, tuple[int, ...]],
     overrides: Mapping[str, object],
-    *,
-    legacy: bool,
+    dialect: dialects.Dialect,
 ) -> Architecture:
+    legacy = not dialect.is_core
+
+    def read(args: Mapping[str, object]) -> Architecture:
+        found = architecture_from_args(
+            args, overrides=overrides, legacy=legacy, shapes=dict(shapes)
+        )
+        return finish(found, args)
+
+    def finish(found: Architecture, args: Mapping[str, object]) -> Architecture:
+        if dialect.kind != "bert":
+            return found
+        return bert_architecture(found, args, overrides, shapes, legacy=legacy)
+
     rows = shapes.get("embedding.word_embeddings.weight", (0,))[0]
     if raw.vocab_size is not None and raw.vocab_size <= rows:
         overrides = {"vocab_size": raw.vocab_size, **overrides}
     if raw.args is None:
-        return architecture_from_shapes(shapes, overrides, may_lack_head=raw.may_lack_head)
+        may_lack = raw.may_lack_head
+        return finish(architecture_from_shapes(shapes, overrides, may_lack_head=may_lack), {})
     if rows and not isinstance(raw.args.get("padded_vocab_size"), int):
         overrides = {"padded_vocab_size": rows, **overrides}
-    read = partial(architecture_from_args, overrides=overrides, legacy=legacy, shapes=dict(shapes))
     first = read(raw.args)
     for shard in raw.shards:
         if shard.args is None or shard.args is raw.args:
@@ -302,8 +317,10 @@ def convert(
             `megatron_folder`.
         replicated: `error` if ranks hold different copies of a parameter, or take the `first` or
             the `average`; None: `average` for DeepSpeed's checkpoints, else `error`.
+        num_workers: threads that write. Each holds about 2 MB; where there are more cores than
+            workers, another thread reads for it, and both hold 6 MB. A target on the Hub has one
+            that converts.
         drop_mtp: leave out layers that predict further tokens.
-        num_workers: threads; each holds about 2 MB. A target on the Hub has one that converts.
         overwrite: replace an earlier conversion in `target`.
         keep_same: leave a folder alone that holds exactly what would be written.
         resume: go on with a conversion or an upload that was interrupted, and keep what this one
@@ -366,6 +383,7 @@ def convert(
             algorithm,
             overwrite=overwrite,
             resume=resume,
+            num_workers=num_workers,
             progress=progress,
             **upload,
         )
@@ -391,7 +409,7 @@ def convert(
             num_workers=num_workers,
             algorithm=algorithm,
             progress=progress,
-            file_by_file=isinstance(sink, HubSink),
+            file_by_file=resume or isinstance(sink, HubSink),
         )
         sink.finish()
     hashes = {name: file["tensors"] for name, file in sink.manifest["files"].items()}

@@ -21,11 +21,11 @@ from typing import TYPE_CHECKING
 
 from . import page_cache
 from .boxes import Box, intersect, row_major, windows
-from .casting import add_windows
+from .casting import Products, add_windows, scale_window
 from .dtypes import DType
 from .errors import CorruptError, SourceError
 from .sources import File, open_file
-from .tensors import MEAN, SUM, SUM_OF_PARTS, Combined, LazyTensor, Piece
+from .tensors import MEAN, SUM, SUM_OF_PARTS, Combined, LazyTensor, Piece, Scaled, Source
 
 if TYPE_CHECKING:
     import numpy as np
@@ -76,8 +76,8 @@ class FileReader:
         while self._files:
             self._files.popitem()[1].close()
 
-    def read_into(self, path: str | Combined, offset: int, out: memoryview) -> None:
-        """Fill `out` from a file, or from the elements of several tensors.
+    def read_into(self, path: Source, offset: int, out: memoryview) -> None:
+        """Fill `out` from a file, or from the elements that are computed of other tensors.
 
         Raises:
             CorruptError: the file ends before.
@@ -85,6 +85,9 @@ class FileReader:
         """
         if isinstance(path, Combined):
             self.num_bytes += _combine(path, offset, out)
+            return
+        if isinstance(path, Scaled):
+            self.num_bytes += _scale(path, offset, out)
             return
         try:
             file = self._open(path)
@@ -143,6 +146,23 @@ def _combine(source: Combined, offset: int, out: memoryview) -> int:
             out[:] = parts[0]
         else:
             out[:] = add_windows(parts, dtype, mean=source.how == MEAN)
+        return reader.num_bytes
+
+
+def _scale(source: Scaled, offset: int, out: memoryview) -> int:
+    """Fill `out` with products; returns the bytes that were read for it."""
+    columns = source.values.shape[1]
+    start, count = offset // source.dtype.itemsize, len(out) // source.dtype.itemsize
+    first, last = start // columns, (start + count - 1) // columns
+    top = first // source.block[0]
+    height = last // source.block[0] - top + 1
+    with FileReader() as reader:  # another may be in use for what `out` is a part of
+        values = _whole(source.values.flatten(0, 2).narrow(0, start, count), reader)
+        scales = _whole(source.scales.narrow(0, top, height), reader)
+        place = Products(start, columns, source.block, top, source.scales.shape[1])
+        out[:] = scale_window(
+            values, scales, (source.values.dtype, source.scales.dtype, source.dtype), place
+        )
         return reader.num_bytes
 
 
@@ -223,13 +243,13 @@ def _transposed(piece: Piece) -> bool:
     return len(piece.shape) > 1 and piece.shape[-1] > 1 and piece.strides[-1] > 1
 
 
-def _stretches(tensor: LazyTensor) -> list[tuple[str | Combined, int, int]] | None:
+def _stretches(tensor: LazyTensor) -> list[tuple[Source, int, int]] | None:
     """(path, offset, bytes) of what a tensor is one after another, or None if it is more than that.
 
     An empty path is zeros.
     """
     steps, itemsize = row_major(tensor.shape), tensor.dtype.itemsize
-    found: list[tuple[int, str | Combined, int, int]] = []
+    found: list[tuple[int, Source, int, int]] = []
     for piece in tensor.pieces:
         dims = _merged(piece.shape, piece.strides if piece.path else steps, steps)
         if len(dims) > 1 or (dims and dims[0][1:] != (1, 1)):
@@ -243,7 +263,7 @@ def _stretches(tensor: LazyTensor) -> list[tuple[str | Combined, int, int]] | No
 
 def _stream_stretches(
     tensor: LazyTensor,
-    stretches: list[tuple[str | Combined, int, int]],
+    stretches: list[tuple[Source, int, int]],
     reader: FileReader,
     window_bytes: int,
 ) -> Iterator[memoryview]:
@@ -263,7 +283,7 @@ def _stream_stretches(
         yield buffer
 
 
-def _fill(reader: FileReader, path: str | Combined, offset: int, out: memoryview) -> None:
+def _fill(reader: FileReader, path: Source, offset: int, out: memoryview) -> None:
     if path:
         reader.read_into(path, offset, out)
     else:
@@ -331,7 +351,7 @@ class _Target:
         dims = _merged(shape, piece.strides, steps)
         self.gather(piece.path, piece.offset + skip * self.dtype.itemsize, dims, at)
 
-    def gather(self, path: str | Combined, offset: int, dims: Dims, at: int) -> None:
+    def gather(self, path: Source, offset: int, dims: Dims, at: int) -> None:
         """Elements of a file from `offset` bytes on, to `at` elements in the window."""
         itemsize = self.dtype.itemsize
         if not dims or (len(dims) == 1 and dims[0][1:] == (1, 1)):

@@ -14,18 +14,21 @@ from __future__ import annotations
 import errno
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Protocol, Self, TypeVar
 
 from . import page_cache
 from .errors import SourceError
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 _LOCAL = re.compile(r"(file|local)://")
+_MOST_AT_ONCE = 8
 Range = tuple[str, int, int]
+T = TypeVar("T")
 
 
 class File(Protocol):
@@ -279,6 +282,20 @@ def identity(path: str) -> Identity | None:
 def first_seen(path: str) -> Identity | None:
     """The identity of a file when it was first opened, or now if it was not yet."""
     return _seen.get(path) or identity(path)
+
+
+def each(function: Callable[[str], T], paths: Iterable[str]) -> Iterator[T]:
+    """What a function makes of each path, in order; of remote ones several at a time.
+
+    Raises:
+        BaseException: what the function raises for the first path it fails for.
+    """
+    paths = list(paths)
+    if not any(map(is_remote, paths)):
+        yield from map(function, paths)
+        return
+    with ThreadPoolExecutor(_MOST_AT_ONCE, thread_name_prefix="mtt") as pool:
+        yield from pool.map(function, paths)
 
 
 def begin(path: str) -> str:

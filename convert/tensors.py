@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
+from typing import TypeAlias
 
 from .boxes import Box, Ints, row_major, split_interval
 from .dtypes import DType, refuse_state
@@ -29,22 +30,22 @@ class Piece:
     Attributes:
         start: first index of the block in the tensor.
         shape: size of the block.
-        path: the file; empty for a block of zeros, which stands in no file; or tensors whose sum
-            or mean is read like a file of its elements.
+        path: the file; empty for a block of zeros, which stands in no file; or what is computed of
+            other tensors, and read like a file of its elements.
         offset: byte position of the block's first element in that file.
         strides: distance, in elements, between neighbours along each axis in the file.
     """
 
     start: Ints
     shape: Ints
-    path: str | Combined
+    path: Source
     offset: int
     strides: Ints
 
     @property
     def paths(self) -> tuple[str, ...]:
         """The files its elements come from."""
-        if isinstance(self.path, Combined):
+        if not isinstance(self.path, str):
             return tuple(p for t in self.path.tensors for piece in t.pieces for p in piece.paths)
         return (self.path,) if self.path else ()
 
@@ -67,7 +68,7 @@ class LazyTensor:
         cls,
         dtype: DType,
         shape: Ints,
-        path: str | Combined,
+        path: Source,
         offset: int,
         strides: Ints | None = None,
     ) -> LazyTensor:
@@ -233,6 +234,42 @@ def combined(tensors: Sequence[LazyTensor], how: str) -> LazyTensor:
     """The sum or mean of tensors of at least one axis, still unread."""
     first = tensors[0]
     return LazyTensor.in_file(first.dtype, first.shape, Combined(tuple(tensors), how), 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Scaled:
+    """8-bit floats, and numbers that they are multiplied by, block by block.
+
+    Attributes:
+        values: [rows, columns] in an 8-bit type.
+        scales: [block rows, block columns]; in uint8 they are exponents, 127 standing for 1.
+        block: rows and columns of a block.
+        dtype: the type of the products.
+    """
+
+    values: LazyTensor
+    scales: LazyTensor
+    block: tuple[int, int]
+    dtype: DType
+
+    __setstate__ = refuse_state
+
+    @property
+    def tensors(self) -> tuple[LazyTensor, ...]:
+        """What it is computed of."""
+        return (self.values, self.scales)
+
+
+Source: TypeAlias = str | Combined | Scaled
+
+
+def scaled(
+    values: LazyTensor, scales: LazyTensor, block: tuple[int, int], dtype: DType
+) -> LazyTensor:
+    """8-bit floats times their scales, still unread; all axes but the last one are rows."""
+    shape = values.shape
+    matrix = values.flatten(0, len(shape)).unflatten(0, prod(shape[:-1]), shape[-1])
+    return LazyTensor.in_file(dtype, shape, Scaled(matrix, scales, block, dtype), 0)
 
 
 def concat(tensors: Sequence[LazyTensor], axis: int = 0) -> LazyTensor:

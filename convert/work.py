@@ -14,7 +14,7 @@ import xxhash
 from . import sources
 from .errors import CorruptError
 from .plan import ConversionPlan, PlannedFile
-from .tensors import Combined, LazyTensor
+from .tensors import LazyTensor, Scaled
 
 
 def work_of_upload(plan: ConversionPlan, algorithm: str) -> str:
@@ -58,12 +58,13 @@ def _facts(tensor: LazyTensor, names: Mapping[str, str]) -> Iterator[object]:
     yield str(tensor.dtype), tensor.shape
     for piece in tensor.pieces:
         yield piece.start, piece.shape, piece.offset, piece.strides
-        if isinstance(piece.path, Combined):
-            yield piece.path.how
-            for part in piece.path.tensors:
-                yield from _facts(part, names)
-        else:
+        if isinstance(piece.path, str):
             yield names.get(piece.path, "")
+            continue
+        of = piece.path
+        yield (of.block, str(of.dtype)) if isinstance(of, Scaled) else of.how
+        for part in of.tensors:
+            yield from _facts(part, names)
 
 
 def work_of_files(paths: Mapping[str, str]) -> str:

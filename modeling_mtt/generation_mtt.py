@@ -36,6 +36,7 @@ class MTTGenerationMixin:
     config: MTTConfig
     model: Any
     device: torch.device
+    forward: Any
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generate as `GenerationMixin` does, with the same random numbers on every process."""

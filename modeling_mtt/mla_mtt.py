@@ -19,6 +19,7 @@ for when it puts its own attention here, are those of transformers' DeepSeek-V3.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -63,7 +64,10 @@ class MTTLatentAttention(nn.Module):
 
         num_heads, hidden_size = config.num_attention_heads, config.hidden_size
         query_size = num_heads * self.head_dim
-        self.q_proj = self.q_a_proj = self.q_a_layernorm = self.q_b_proj = None
+        self.q_proj: Any = None
+        self.q_a_proj: Any = None
+        self.q_a_layernorm: Any = None
+        self.q_b_proj: Any = None
         if self.q_lora_rank is None:
             self.q_proj = build_linear(hidden_size, query_size, bias=False)
         else:

@@ -63,16 +63,16 @@ class MTTCausalLMOutputWithPast(CausalLMOutputWithPast):
     """`CausalLMOutputWithPast`, and what only some models have.
 
     Attributes:
-        aux_loss (`torch.FloatTensor`, *optional*): 1 where a mixture's experts get as many tokens.
-        router_logits (`tuple[torch.FloatTensor]`, *optional*): of each sparse layer,
+        aux_loss (`torch.Tensor`, *optional*): 1 where a mixture's experts get as many tokens.
+        router_logits (`tuple[torch.Tensor]`, *optional*): of each sparse layer,
             `[batch * sequence, num_experts]`.
-        mtp_logits (`tuple[torch.FloatTensor]`, *optional*): of each head that predicts further
+        mtp_logits (`tuple[torch.Tensor]`, *optional*): of each head that predicts further
             tokens, `[batch, kept, vocab_size]`: the first says what comes after the next token.
     """
 
-    aux_loss: torch.FloatTensor | None = None
-    router_logits: tuple[torch.FloatTensor, ...] | None = None
-    mtp_logits: tuple[torch.FloatTensor, ...] | None = None
+    aux_loss: torch.Tensor | None = None
+    router_logits: tuple[torch.Tensor, ...] | None = None
+    mtp_logits: tuple[torch.Tensor, ...] | None = None
 
 
 MASK_FUNCTIONS: dict[str, Callable] = {
@@ -232,18 +232,13 @@ class MTTModel(MTTPreTrainedModel):
         """Refuse to predict further tokens where there is nothing to do so with.
 
         Raises:
-            `ValueError`: the model has no heads, or stages of a pipeline.
+            `ValueError`: the model has no heads.
         """
         if self.mtp is None:
             raise ValueError(
                 "The model has no heads that predict further tokens: found "
                 f"num_nextn_predict_layers {self.config.num_nextn_predict_layers}, expected 1 or "
                 "more. Load a checkpoint that has them, and leave that field alone."
-            )
-        if any(isinstance(layer, nn.Identity) for layer in self.layers):
-            raise ValueError(
-                "Heads that predict further tokens need the embedding and the head in one process: "
-                "found stages of a pipeline, expected pp_size 1."
             )
 
     def create_masks(

@@ -18,6 +18,7 @@ megatron/core/transformer/moe/moe_utils.py. Experts are kept one by one on disk,
 and Qwen3-MoE, and together in memory, where one grouped product computes them all.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -100,6 +101,11 @@ class MTTExperts(nn.Module):
     is `[experts, intermediate, hidden]`; `down_proj` is `[experts, hidden, intermediate]`. Their
     biases are called as they are, with `_bias`.
     """
+
+    # What the decorator adds.
+    has_gate: bool
+    has_bias: bool
+    _apply_gate: Callable[..., torch.Tensor]
 
     def __init__(self, config: MTTConfig) -> None:
         super().__init__()

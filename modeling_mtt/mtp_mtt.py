@@ -48,7 +48,8 @@ class MTTPredictionLayer(nn.Module):
         self.hnorm = build_norm(config, hidden_size)
         self.eh_proj = build_linear(2 * hidden_size, hidden_size, bias=False)
         self.transformer_layer = MTTDecoderLayer(config, config.num_hidden_layers + head_idx)
-        self.transformer_layer.self_attn.layer_idx = head_idx
+        attention: Any = self.transformer_layer.self_attn
+        attention.layer_idx = head_idx
         self.final_layernorm = build_norm(config, hidden_size)
 
     def forward(
@@ -138,13 +139,13 @@ class MTTCandidateGenerator(MTPCandidateGenerator):
 
     def get_candidates(
         self,
-        input_ids: torch.LongTensor,
+        input_ids: torch.Tensor,
         model_kwargs: dict[str, Any],
         model_outputs: Any,
         is_first_iteration: bool,
         n_last_matches: int,
         **kwargs: Any,
-    ) -> tuple[torch.LongTensor, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the text with a draft of its next tokens, and the logits of the draft.
 
         Args:
@@ -193,8 +194,8 @@ class MTTCandidateGenerator(MTPCandidateGenerator):
         self.num_seen = num_tokens
 
     def _draft(
-        self, ids: torch.LongTensor, model_kwargs: dict[str, Any], num_drafts: int
-    ) -> tuple[torch.LongTensor, torch.Tensor]:
+        self, ids: torch.Tensor, model_kwargs: dict[str, Any], num_drafts: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         assert self.states is not None and self.start is not None
         model = self.main_model.model
         hidden_states = self.states

@@ -66,6 +66,13 @@ def check_parallel_sizes(config: MTTConfig, distributed_config: DistributedConfi
     """
     tp_size, pp_size = distributed_config.tp_size or 1, distributed_config.pp_size or 1
     ep_size = expert_parallel_size(distributed_config)
+    if pp_size > 1 and getattr(config, "num_nextn_predict_layers", 0):
+        raise ValueError(
+            "Heads that predict further tokens need the embedding and the head in one process: "
+            f"found pp_size {pp_size} and num_nextn_predict_layers "
+            f"{config.num_nextn_predict_layers}. "
+            "Load the model with num_nextn_predict_layers=0, or with pp_size 1."
+        )
     if ep_size > 1:
         _check_expert_parallel_size(config, ep_size)
     if ep_size > 1 and (not DISPATCHES or distributed_config.tp_plan == {}):
@@ -172,8 +179,8 @@ def _check_expert_parallel_size(config: MTTConfig, ep_size: int) -> None:
     num_experts = getattr(config, "num_experts", None)
     if num_experts is None:
         raise ValueError(
-            f"Expert parallelism deals out experts: found {ep_size} processes, and a model that has "
-            "no experts. Use tp_size alone."
+            f"Expert parallelism deals out experts: found {ep_size} processes, and a model that "
+            "has no experts. Use tp_size alone."
         )
     if num_experts % ep_size:
         sizes = [size for size in range(1, num_experts + 1) if num_experts % size == 0]

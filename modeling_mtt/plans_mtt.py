@@ -82,7 +82,8 @@ def plans_of(config: Any) -> tuple[dict[str, str], dict[str, str], dict[str, Any
     kinds = {"dense": DENSE, "sparse": SPARSE}
     mlp_types = config.types_of_mlps()
 
-    tensor_plan, expert_plan = {}, {}
+    tensor_plan: dict[str, str] = {}
+    expert_plan: dict[str, str] = {}
     blocks = [("layers.*.", set(mlp_types))]
     if config.num_nextn_predict_layers:
         blocks.append(("mtp.layers.*.transformer_layer.", {mlp_types[-1]} if mlp_types else set()))

@@ -34,11 +34,11 @@ class MTTRotaryEmbedding(nn.Module):
 
     def __init__(self, config: MTTConfig) -> None:
         super().__init__()
-        assert config.rope_parameters is not None
         if getattr(config, "kv_lora_rank", None) is not None:
             # transformers' functions go by `head_dim`, of which rotations see a part.
             config = copy(config)
             config.head_dim = config.rotary_width
+        assert config.rope_parameters is not None
         self.config = config
         self.max_seq_len_cached = config.max_position_embeddings
         self.original_max_seq_len = config.max_position_embeddings
@@ -103,11 +103,14 @@ def yarn_attention_scaling(config: MTTConfig) -> float | None:
     out where one is 0.
     """
     assert config.rope_parameters is not None
-    given = [config.rope_parameters.get(name) for name in ("mscale", "mscale_all_dim")]
-    if None in given or config.rope_parameters.get("attention_factor") is not None:
+    mscale = config.rope_parameters.get("mscale")
+    all_dim = config.rope_parameters.get("mscale_all_dim")
+    if mscale is None or all_dim is None:
+        return None
+    if config.rope_parameters.get("attention_factor") is not None:
         return None
     factor = _yarn_factor(config)
-    return _yarn_mscale(factor, given[0]) / _yarn_mscale(factor, given[1])
+    return _yarn_mscale(factor, mscale) / _yarn_mscale(factor, all_dim)
 
 
 def _yarn_factor(config: MTTConfig) -> float:

@@ -14,14 +14,13 @@ from ..cli import LAYOUT_OPTIONS, source_options
 from ..conversion import Conversion
 from ..dropping import without_mtp
 from ..errors import UsageError
-from ..execute import num_cores
+from ..execute import memory, num_cores
 from ..hf_source import is_hf_folder
 from ..hub import is_hub
 from ..iterations import convert_iteration, list_iterations
 from ..parts import AUTO, parse_part, share
 from ..pipeline import Result, check_target, convert, open_checkpoint, plan_conversion
 from ..plan import render
-from ..reading import window_size
 from ..replicas import settle
 from .console import (
     dropped_text,
@@ -264,20 +263,17 @@ def _print_plan(
     args: argparse.Namespace, conversion: Conversion, workers: int, start: float
 ) -> None:
     plan = conversion.plan
-    sources = [tensor.source for file in plan.files for tensor in file.tensors]
-    windows = [min(window_size(source), source.num_bytes) for source in sources]
-    memory = 2 * workers * max(windows, default=0)
     if args.json:
         files = {
             file.name: {t.name: [str(t.dtype), list(t.source.shape)] for t in file.tensors}
             for file in plan.files
         }
-        body = _body(args, conversion) | {"files": files, "memory": memory}
+        body = _body(args, conversion) | {"files": files, "memory": memory(plan, workers)}
         print_json("convert", "planned", start, body)
         return
     for line in render(plan, conversion.checkpoint.folder).splitlines():
         say(line)
-    say(f"about {size(memory)} of memory for the windows of {workers} workers")
+    say(f"about {size(memory(plan, workers))} of memory for the windows of {workers} workers")
     say(f"{size(plan.num_bytes)} would be written to {args.target}")
     for note in conversion.notes:
         say(note)

@@ -132,13 +132,14 @@ def read_model(args: argparse.Namespace) -> tuple[Model, tuple[str, ...]]:
 
 
 def _refuse_encoder(architecture: Architecture, path: str) -> None:
-    """Raise UnsupportedError for a T5, whose two sides have texts of their own lengths."""
-    if architecture.kind == "t5":
+    """Raise UnsupportedError for a T5, whose sides have texts of their own lengths, or a BERT."""
+    if architecture.kind != "gpt":
         raise UnsupportedError(
             "mtt estimates decoders",
-            found=f"{path}, a T5",
+            found=f"{path}, a {architecture.kind.upper()}",
             expected="a GPT",
-            fix="its weights take the size that mtt inspect prints, divided by --tp",
+            fix="its weights take the size that mtt inspect prints"
+            + (", divided by --tp" if architecture.kind == "t5" else ""),
         )
 
 
@@ -147,10 +148,6 @@ def _from_config(config: Mapping[str, object], path: str, dtype: str) -> Model:
     family = family_of(config, path)
     fields = dict(config)
     if family is FAMILIES["mtt"]:
-        if fields.get("shared_layernorm"):
-            raise UnsupportedError(
-                "mtt does not know the size of this model", found="shared_layernorm = True"
-            )
         # What is left out has no parameters and takes no memory.
         fields = {name: value for name, value in fields.items() if name not in family.neutral}
     architecture = family.architecture(fields)

@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from ..bert_logits import refuse_bert
 from ..cli import given_source_options, source_options
 from ..errors import SourceError, UsageError
 from ..formats import hf_safetensors
@@ -60,6 +61,7 @@ def continue_text(options: Mapping[str, Any]) -> dict[str, Any]:
     quiet_transformers()
     tokenizer = load_tokenizer(_tokenizer_files(args))
     model = _model(args)
+    refuse_bert(model, args.source)
     length = len(_ids(model, tokenizer, args.prompt))
     after = "after the prompt"
     if is_seq2seq(model):

@@ -73,6 +73,7 @@ def _print(checkpoint: Checkpoint) -> None:
             ("active", active_text(a)),
             ("size", size(checkpoint.num_bytes)),
             ("dtypes", ", ".join(f"{n} x {d}" for d, n in _dtypes(checkpoint).items())),
+            ("kind", _kind(a)),
             ("layers", _layers(a)),
             ("hidden", a.hidden_size),
             ("attention", f"{a.num_attention_heads} heads of {a.kv_channels}"),
@@ -91,6 +92,14 @@ def _print(checkpoint: Checkpoint) -> None:
             ("left out", dropped_text(checkpoint.dropped)),
         )
     )
+
+
+def _kind(a: Architecture) -> str:
+    """What a model that is no decoder is."""
+    if a.kind != "bert":
+        return ""
+    heads = "masked tokens and the second text" if a.bert_binary_head else "masked tokens"
+    return f"bert, {a.num_tokentypes} token types, predicts {heads}"
 
 
 def _layers(a: Architecture) -> str:

@@ -12,26 +12,22 @@ from dataclasses import replace
 from ..checkpoint import Shard
 from ..errors import UnsupportedError
 from ..mapping import shorten
-from . import core_local, core_te, deepspeed, gpt_neox, legacy, legacy_t5
+from . import core_bert, core_local, core_te, deepspeed, gpt_neox, legacy, legacy_bert, legacy_t5
 from .dialect import Dialect as Dialect
 
 _NOT_YET = (
-    (
-        r"language_model\.(pooler|embedding\.tokentype_embeddings)\..*"
-        r"|lm_head\.(dense|norm|layernorm)\..*|binary_head\..*",
-        "BERT",
-    ),
     (
         r"(?!decoder\.|mtp\.).*\.mlp\.(experts|router)\..*"
         r"|.*\.mlp\.(local_experts|deepspeed_moe)\..*",
         "a mixture of experts from before Megatron-Core 0.5",
     ),
-    (r".*\.mixer\..*", "Mamba layers"),
 )
 DIALECTS: tuple[Dialect, ...] = (
     core_te.DIALECT,
     core_local.DIALECT,
     legacy.DIALECT,
+    legacy_bert.DIALECT,
+    core_bert.DIALECT,
     legacy_t5.DIALECT,
     deepspeed.DIALECT,
     gpt_neox.DIALECT,

@@ -20,6 +20,7 @@ class Dialect:
 
     Attributes:
         name: what it is called here.
+        kind: `kind` of the architectures whose names these are.
         rules: its names to canonical ones. Ops in it need no architecture: they join or exchange
             whole tensors of one rank.
         generations: pattern of a name -> which releases spell it so; the first that is there
@@ -44,6 +45,7 @@ class Dialect:
     name: str
     rules: RuleTable
     generations: tuple[tuple[str, str], ...]
+    kind: str = "gpt"
     is_core: bool = False
     orders: tuple[tuple[float, str], ...] = ((0.0, HEAD),)
     grouped_order: str | None = None

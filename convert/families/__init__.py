@@ -9,11 +9,14 @@ from collections.abc import Mapping
 
 from ..architecture import Architecture
 from . import (
+    bloom,
     deepseek_v3,
+    falcon,
     glm4_moe,
     gpt2,
     gpt_neox,
     llama,
+    megatron_bert,
     mistral,
     mixtral,
     mtt,
@@ -46,6 +49,9 @@ FAMILIES: Mapping[str, Family] = {
         nemotron,
         gpt_neox,
         gpt2,
+        bloom,
+        falcon,
+        megatron_bert,
     )
 }
 

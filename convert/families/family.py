@@ -33,8 +33,8 @@ _COMMON = frozenset(
     diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size
     exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id length_penalty
     max_length min_length no_repeat_ngram_size num_beam_groups num_beams num_return_sequences
-    pruned_heads remove_invalid_values repetition_penalty temperature tie_encoder_decoder top_k
-    top_p typical_p
+    pruned_heads quantization_config remove_invalid_values repetition_penalty temperature
+    tie_encoder_decoder top_k top_p typical_p
     """.split()
 )
 
@@ -44,10 +44,11 @@ Tensors = Mapping[str, LazyTensor]
 
 @dataclass(frozen=True, slots=True)
 class Limit:
-    """What a class asks for that no field says."""
+    """What a class asks for that no field says, and what a user can do about it."""
 
     text: str
     holds: Callable[[Architecture], bool]
+    fix: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +59,7 @@ class Family:
         name: the `model_type` of `config.json`.
         kind: `kind` of the architectures it computes.
         causal_lm: the class with a language-model head.
+        other_heads: classes with other heads that mtt knows too.
         base_model: the class without.
         prefix: what the names of the base model's tensors begin with in `causal_lm`.
         rules: the table of names for an architecture, canonical ones on the left, in the order
@@ -86,6 +88,7 @@ class Family:
     base_model: str
     prefix: str
     kind: str = "gpt"
+    other_heads: tuple[str, ...] = ()
     rules: Callable[[Architecture], RuleTable]
     fields: tuple[Field, ...]
     fixed: Mapping[str, object] = field(default_factory=dict)
@@ -168,6 +171,10 @@ class Family:
             return (*found, error.found or error.message)
         different = [name for name in wanted if name in back and back[name] != wanted[name]]
         return (*found, *(f"{name} = {wanted[name]}" for name in different))
+
+    def fix(self, architecture: Architecture) -> str | None:
+        """What a user can do about a limit that does not hold."""
+        return next((x.fix for x in self.limits if x.fix and not x.holds(architecture)), None)
 
     def unknown_fields(self, config: Config) -> list[str]:
         """Fields mtt does not know, of those that are set to something."""

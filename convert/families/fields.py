@@ -1,6 +1,7 @@
 """What one or a few fields of `config.json` say, in both directions from one declaration.
 
     Same("rms_norm_eps", "layernorm_epsilon")         equal values
+    Aliases(("n_head", "num_attention_heads"), ...)   the same, under one of several names
     Opposite("tie_word_embeddings", "untie_...")      True for False
     Choice("hidden_act", "activation", {...})         one word for another
     Rope(), SlidingWindow(), LayerWindows()           what takes several fields
@@ -88,6 +89,34 @@ class Same:
         if _TYPES[self.architecture] == "float" and value is not None:
             value = float(value)
         return {self.config: value}
+
+
+@dataclass(frozen=True)
+class Aliases:
+    """Equal values, under the first of these names or one of the others that a class reads too."""
+
+    names: tuple[str, ...]
+    architecture: str
+
+    def read(self, config: Config) -> dict[str, object]:
+        """The value.
+
+        Raises:
+            UnsupportedError: two names with two values.
+        """
+        said = {name: config[name] for name in self.names if config.get(name) is not None}
+        if len({repr(value) for value in said.values()}) > 1:
+            raise UnsupportedError(
+                "config.json says one thing twice, with two values",
+                found=_values(tuple(said), tuple(said.values())),
+                expected="one value",
+            )
+        name = next(iter(said), self.names[0])
+        return Same(name, self.architecture).read(said)
+
+    def write(self, architecture: Architecture) -> dict[str, object]:
+        """The value, under the first name."""
+        return Same(self.names[0], self.architecture).write(architecture)
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,10 @@
                                         .embed_tokens                a copy of the embedding
                                         .shared_head.head            a copy of the head
 
-Megatron keeps no copies: they must be equal when they are read, and are written again, as vLLM and
-SGLang look for them. transformers' own classes skip these layers unless asked for them, and
-`save_pretrained` leaves them out without changing the number in `config.json`.
+Megatron keeps no copies: they must be equal when they are read, and are written again, as vLLM
+takes the embedding of these layers from there (DeepSeekMTP.load_weights); SGLang passes them over.
+transformers' own classes skip these layers unless asked for them, and `save_pretrained` leaves them
+out without changing the number in `config.json`.
 """
 
 from __future__ import annotations

@@ -116,6 +116,7 @@ FAMILY = Family(
         ),
         Same("use_qk_norm", "qk_layernorm"),
         Same("use_parallel_residual", "parallel_residual"),
+        Same("shared_layernorm", "shared_layernorm"),
         Same("embedding_norm", "embedding_norm"),
         Opposite("tie_word_embeddings", "untie_embeddings_and_output_weights"),
         Same("attention_dropout", "attention_dropout"),
@@ -137,6 +138,7 @@ FAMILY = Family(
         "mlp_bias": True,
         "use_qk_norm": False,
         "use_parallel_residual": False,
+        "shared_layernorm": False,
         "embedding_norm": False,
         "rope_interleave": False,
         "tie_word_embeddings": True,
@@ -152,7 +154,6 @@ FAMILY = Family(
     },
     ignored=("router_aux_loss_coef", "output_router_logits"),
     neutral={
-        "shared_layernorm": Neutral("one norm for attention and MLP", (False,)),
         "apply_residual_connection_post_layernorm": Neutral(
             "residuals taken after the norm", (False,)
         ),

@@ -19,6 +19,7 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping
 
+from .. import sources
 from ..checkpoint import Layout, RawCheckpoint, Shard
 from ..errors import CorruptError, IncompleteError, InconsistentError
 from ..sources import listing
@@ -64,12 +65,14 @@ def open_folder(place: Place, skip_keys: frozenset[str] = frozenset()) -> RawChe
     refuse_unreadable(folder)
     files = _files(folder)
     tp = 1 + max(rank for _, rank in files)
-    ranks = [read_rank(path) for number, path in sorted(rank_files(folder).items()) if number < tp]
+    paths = [path for number, path in sorted(rank_files(folder).items()) if number < tp]
+    ranks = list(sources.each(read_rank, paths))
     check_ranks_agree([(states.where, states.path, states.content) for states in ranks])
     first = ranks[0] if ranks else None
     _check_grid(files, tp, tensor_parallel_size(first.args if first else None), folder)
     dropped: Dropped = defaultdict(list)
-    modules = {key: _module(path, dropped) for key, path in files.items()}
+    contents = zip(files.items(), sources.each(load, files.values()), strict=True)
+    modules = {key: _module(path, content, dropped) for (key, path), content in contents}
     prefixes, begin = numbered(
         {number: tensors for (number, rank), tensors in modules.items() if rank == 0},
         folder,
@@ -130,8 +133,7 @@ def _check_grid(
         )
 
 
-def _module(path: str, dropped: Dropped) -> dict[str, LazyTensor]:
-    content = load(path)
+def _module(path: str, content: object, dropped: Dropped) -> dict[str, LazyTensor]:
     if not isinstance(content, dict):
         raise CorruptError(
             f"{path} is no module of a model",

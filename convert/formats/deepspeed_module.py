@@ -16,6 +16,7 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping
 
+from .. import sources
 from ..checkpoint import Layout, RawCheckpoint, Shard
 from ..errors import CorruptError, IncompleteError, InconsistentError
 from ..tensors import LazyTensor
@@ -55,7 +56,8 @@ def open_folder(place: Place, skip_keys: frozenset[str] = frozenset()) -> RawChe
     """
     folder = place.folder
     refuse_unreadable(folder)
-    ranks = {number: read_rank(path) for number, path in sorted(rank_files(folder).items())}
+    paths = dict(sorted(rank_files(folder).items()))
+    ranks = dict(zip(paths, sources.each(read_rank, paths.values()), strict=True))
     first = next(iter(ranks.values()))
     check_ranks_agree([(states.where, states.path, states.content) for states in ranks.values()])
     tp = _check_ranks(ranks, first, folder)

@@ -45,6 +45,8 @@ _NUMBERED = re.compile(r"(?:sequential\.)?(0|[1-9]\d{0,6})\.(.+)")
 _TIED = re.compile(r"tied_modules\.[A-Za-z_]\w{0,60}\.(.+)")
 _GATED = re.compile(r"(.*\.)?mlp\.dense_h_to_4h\.(weight|bias)")
 
+_NO_FOLDER = object()
+
 
 def holds_model(folder: str) -> bool:
     """Whether the folder has folders of parameters."""
@@ -98,19 +100,11 @@ def _parameters(
     """Name -> whole parameter; and which may have the halves of several ranks in turn."""
     tensors: dict[str, LazyTensor] = {}
     unmarked = []
-    for name in listing(zero):
-        folder = os.path.join(zero, name)
-        if not sources.is_dir(folder):
+    folders = [os.path.join(zero, name) for name in listing(zero)]
+    for folder, content in zip(folders, sources.each(_parameter, folders), strict=True):
+        if content is _NO_FOLDER:
             continue
-        path = os.path.join(folder, _WEIGHTS)
-        if not sources.is_file(path):
-            raise IncompleteError(
-                f"{folder} has no weights; nothing was written",
-                found=", ".join(listing(folder)[:4]) or "an empty folder",
-                expected=_WEIGHTS,
-                fix="copy that file again",
-            )
-        content = load(path)
+        name, path = os.path.basename(folder), os.path.join(folder, _WEIGHTS)
         if not isinstance(content, dict) or not isinstance(content.get("param"), LazyTensor):
             raise CorruptError(
                 f"{path} is no parameter of a universal checkpoint",
@@ -122,6 +116,21 @@ def _parameters(
         if _GATED.fullmatch(name) and content.get("param_n_sub_params") != 2:
             unmarked.append(name)
     return tensors, tuple(unmarked)
+
+
+def _parameter(folder: str) -> object:
+    """What a parameter's file holds; `_NO_FOLDER` if it is none."""
+    if not sources.is_dir(folder):
+        return _NO_FOLDER
+    path = os.path.join(folder, _WEIGHTS)
+    if not sources.is_file(path):
+        raise IncompleteError(
+            f"{folder} has no weights; nothing was written",
+            found=", ".join(listing(folder)[:4]) or "an empty folder",
+            expected=_WEIGHTS,
+            fix="copy that file again",
+        )
+    return load(path)
 
 
 def _check_halves(unmarked: Iterable[str], named: Mapping[str, LazyTensor], folder: str) -> None:

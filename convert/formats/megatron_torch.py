@@ -87,7 +87,13 @@ def open_folder(place: Place, skip_keys: frozenset[str] = frozenset()) -> RawChe
     """
     files = _rank_files(place.folder)
     dropped: Dropped = defaultdict(list)
-    contents = {file.folder: _content(file) for file in files}
+    contents = dict(
+        zip(
+            [file.folder for file in files],
+            sources.each(_content, [file.path for file in files]),
+            strict=True,
+        )
+    )
     first = contents[files[0].folder]
     arguments = {name: plain_arguments(content.get("args")) for name, content in contents.items()}
     args = arguments[files[0].folder]
@@ -126,15 +132,18 @@ def open_folder(place: Place, skip_keys: frozenset[str] = frozenset()) -> RawChe
 
 
 def _rank_files(folder: str) -> list[_RankFile]:
-    files = []
-    for name in listing(folder):
-        hit = _RANK.fullmatch(name)
-        for model in (_FILE, _FILE_OF_2022) if hit else ():
-            path = os.path.join(folder, name, model)
-            if hit and sources.is_file(path):
-                files.append(_RankFile(name, path, tuple(int(n) for n in hit.groups() if n)))
-                break
-    return files
+    folders = [os.path.join(folder, name) for name in listing(folder) if _RANK.fullmatch(name)]
+    return [file for file in sources.each(_rank_file_in, folders) if file]
+
+
+def _rank_file_in(folder: str) -> _RankFile | None:
+    name = os.path.basename(folder)
+    hit = _RANK.fullmatch(name)
+    for model in (_FILE, _FILE_OF_2022) if hit else ():
+        path = os.path.join(folder, model)
+        if hit and sources.is_file(path):
+            return _RankFile(name, path, tuple(int(n) for n in hit.groups() if n))
+    return None
 
 
 def _without_copies(files: list[_RankFile], args: Mapping[str, object] | None) -> list[_RankFile]:
@@ -156,11 +165,11 @@ def _without_copies(files: list[_RankFile], args: Mapping[str, object] | None) -
     return kept or files
 
 
-def _content(file: _RankFile) -> Mapping[str, object]:
-    content = load(file.path)
+def _content(path: str) -> Mapping[str, object]:
+    content = load(path)
     if not isinstance(content, dict):
         raise CorruptError(
-            f"{file.path} is no Megatron checkpoint",
+            f"{path} is no Megatron checkpoint",
             found=type(content).__name__,
             expected="a dict with args and model",
         )

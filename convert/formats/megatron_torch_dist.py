@@ -55,7 +55,7 @@ _STATE = re.compile(
 )
 _MODEL = re.compile(
     r"(module\.)?"
-    r"(embedding|encoder|decoder|output_layer|mtp|lm_head|position_embeddings"
+    r"(embedding|encoder|decoder|output_layer|mtp|lm_head|position_embeddings|pooler|binary_head"
     r"|(encoder|decoder)_relative_pos_emb)\b"
 )
 # NeMo saves the model within what wraps it.

@@ -22,6 +22,7 @@ import io
 import pickle
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NoReturn
 
 from ..boxes import row_major
@@ -31,6 +32,8 @@ from ..tensors import LazyTensor
 from .opcodes import check
 
 _DCP = "torch.distributed.checkpoint"
+_GETATTR = ("__builtin__.getattr", "builtins.getattr")
+_REBUILD = "_make_in_reduce_ex"  # of Transformer Engine's tensors, see float8.py
 
 
 class _Sealed(type):
@@ -209,15 +212,34 @@ class _Unpickler(pickle.Unpickler):
         qualified = f"{module}.{name}"
         if qualified in _TABLE:
             return _TABLE[qualified]
+        if qualified in _GETATTR:
+            return _Known(partial(_bound_method, self._path, qualified))
         root = module.partition(".")[0]
         if root in ("torch", "numpy", "builtins") or root in sys.stdlib_module_names:
-            raise UnsafePickleError(
-                f"{self._path} was refused: its pickle asks for {qualified}; nothing of it was run",
-                found=qualified,
-                expected="tensors, numbers, text and containers",
-                fix="do not load this file with torch.load either, unless you trust its author",
-            )
+            raise _unsafe(self._path, qualified)
         return _inert(Stub, qualified)
+
+
+def _unsafe(path: str, qualified: str) -> UnsafePickleError:
+    return UnsafePickleError(
+        f"{path} was refused: its pickle asks for {qualified}; nothing of it was run",
+        found=qualified,
+        expected="tensors, numbers, text and containers",
+        fix="do not load this file with torch.load either, unless you trust its author",
+    )
+
+
+def _bound_method(path: str, qualified: str, owner: object, name: object, *more: object) -> Any:
+    """How a class method is pickled, `getattr(owner, name)`; one of them is needed, as a stub.
+
+    Raises:
+        UnsafePickleError: any other use; of Python 2's name, it is a stub like other names of old.
+    """
+    if name == _REBUILD and isinstance(owner, _Sealed) and issubclass(owner, Stub):
+        return _inert(Stub, f"{owner.qualified}.{name}")
+    if qualified == _GETATTR[0]:
+        return _inert(Stub, qualified)(owner, name, *more)
+    raise _unsafe(path, qualified)
 
 
 def _inert(base: type, qualified: str) -> Any:

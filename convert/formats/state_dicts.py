@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping
 
 from ..errors import CorruptError, MappingError, UnsupportedError
 from ..tensors import LazyTensor
-from .pickles import is_opaque
+from . import float8
+from .pickles import Stub, is_opaque
 
 # Top-level entries of a rank's file beside the model -> what they are.
 STATE = {
@@ -58,6 +59,8 @@ def _flatten(
 ) -> Iterator[tuple[str, LazyTensor]]:
     for name, value in _leaves(model, path):
         kind = _BUFFERS.get(name.rpartition(".")[2])
+        if isinstance(value, Stub):
+            value = float8.weight_of(value, name, where) or value
         if kind:
             dropped[kind].append(name)
         elif isinstance(value, LazyTensor) and value.dtype.is_floating and value.dtype.itemsize > 1:
@@ -66,7 +69,7 @@ def _flatten(
             raise UnsupportedError(
                 f"{name} in {where} is no plain weight; nothing was written",
                 found=str(value.dtype) if isinstance(value, LazyTensor) else repr(value)[:200],
-                expected="float32, bfloat16 or float16 (quantized and fp8 weights are refused)",
+                expected="float32, bfloat16 or float16, or fp8 with its scales",
                 fix="save the checkpoint with plain weights",
             )
         elif value is not None:

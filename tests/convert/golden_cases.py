@@ -1,4 +1,4 @@
-"""The golden checkpoints of dense models: how to open each, and which logits are its own.
+"""The golden checkpoints of GPTs: how to open each, and which logits are its own.
 
 `CASES` go through every test of test_goldens.py; `OTHER_FORMATS` through those of
 test_same_hashes.py, as `CASES` do. A checkpoint of another format is a line in one of them.
@@ -63,6 +63,11 @@ CASES = [
     core("mcore/qwen/tp2pp2/torch_dist"),
     core("mcore/nemotron/tp2pp1/torch"),
     core("mcore/nemotron/tp2pp1/torch_dist"),
+    core("mcore/mixtral/tp2ep2/torch"),
+    core("mcore/mixtral_bf16/grouped_ep2/torch"),
+    core("mcore-te/moe_mixed/ep2/torch_dist"),
+    core("mcore/mla/tp2pp1/torch"),
+    core("mcore/mtp/tp2pp2/torch"),
     legacy("core_v0.12.0-gpt2-tp1pp2", "gpt2"),
     legacy("core_v0.12.0-llama-tp2pp1", "llama"),
     legacy("core_v0.12.0-llama-tp2pp2", "llama"),
@@ -70,6 +75,15 @@ CASES = [
     legacy("v2.6-ckptver3-gpt2-tp2pp2", "gpt2"),
 ]
 OTHER_FORMATS = [
+    core("mcore/mixtral/ep2/torch"),
+    core("mcore/mixtral/tp2ep2/torch_dist"),
+    core("mcore-te/mixtral/grouped_ep2/torch"),
+    core("mcore-te/mixtral/grouped_ep2/torch_dist"),
+    core("mcore/moe_mixed/ep2/torch"),
+    core("mcore/moe_mixed/ep2/torch_dist"),
+    core("mcore/moe_mixed/singleton_ep2/torch_dist"),
+    core("mcore/mla/tp2pp1/torch_dist"),
+    core("mcore-te/mla/ep2/torch"),
     legacy("v1.0-ckptver0-RELEASE-oldserial-fp16-gpt2-tp1pp1", "gpt2_fp16rounded_weights"),
     legacy("v1.0-ckptver0-gpt2-tp2pp1", "gpt2"),
     legacy("git-d763f54a21-ckptver1-gpt2-tp2pp1", "gpt2"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,7 +23,9 @@ class Site:
         ranges: whether it answers range requests with a part.
         status: code -> paths that are answered with it.
         fail_once: paths whose first request is cut off.
+        delay: seconds that each answer takes.
         num_bytes: bytes of bodies sent so far.
+        most_files_at_once: how many files were asked for at the same time.
     """
 
     root: Path
@@ -30,13 +33,17 @@ class Site:
     ranges: bool = True
     status: dict[int, str] = field(default_factory=dict)
     fail_once: set[str] = field(default_factory=set)
+    delay: float = 0.0
     num_bytes: int = 0
+    most_files_at_once: int = 0
     url: str = ""
 
 
 @contextmanager
 def serving(site: Site) -> Iterator[Site]:
     """The site, while it answers."""
+
+    waiting: list[str] = []
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -57,6 +64,10 @@ def serving(site: Site) -> Iterator[Site]:
                 site.num_bytes += len(body)
 
         def do_GET(self) -> None:
+            waiting.append(self.path)
+            site.most_files_at_once = max(site.most_files_at_once, len(set(waiting)))
+            time.sleep(site.delay)
+            waiting.remove(self.path)
             path = unquote(urlsplit(self.path).path)
             for code, part in site.status.items():
                 if part in path:

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.distributed import DistributedConfig
 from transformers.utils import logging
 
@@ -62,7 +62,9 @@ for checkpoint, folder in zip(sys.argv[4::2], sys.argv[5::2], strict=True):
     found = mtt_convert.from_megatron(checkpoint, tp_size=tp_size, pp_size=pp_size)
     num_read = num_bytes
     config = DistributedConfig(tp_size=tp_size, pp_size=pp_size)
-    wanted = AutoModelForCausalLM.from_pretrained(folder, distributed_config=config)
+    is_t5 = AutoConfig.from_pretrained(folder).is_encoder_decoder
+    auto_class = AutoModelForSeq2SeqLM if is_t5 else AutoModelForCausalLM
+    wanted = auto_class.from_pretrained(folder, distributed_config=config)
     assert type(found) is type(wanted)
     theirs = wanted.state_dict()
     assert found.state_dict().keys() == theirs.keys()
@@ -72,6 +74,7 @@ for checkpoint, folder in zip(sys.argv[4::2], sys.argv[5::2], strict=True):
         assert getattr(tensor, "placements", None) == getattr(theirs[name], "placements", None)
     ids = torch.tensor([[3, 1, 4, 1, 5, 9]])
     options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 5, "pad_token_id": 0}
+    options |= {"decoder_start_token_id": 1} if is_t5 else {}
     texts = [model.generate(ids, do_sample=False, **options) for model in (found, wanted)]
     assert torch.equal(*texts)
     replicas = mtt_convert.open_checkpoint(checkpoint).replicas

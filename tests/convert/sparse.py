@@ -4,6 +4,7 @@ A file of torch.save begins with its pickle and ends with its directory. Both ar
 what lies between, the tensors, is left out: the file system shows zeros.
 
     write_torch(folder, shape, tp, pp)        Megatron's `torch` format, one file per rank
+    write_experts(folder, layers, ep)         the same of a model shaped like DeepSeek-V3
 """
 
 from __future__ import annotations
@@ -103,6 +104,118 @@ def llama(num_layers: int, hidden_size: int) -> Shape:
         "output_layer.weight": ((vocab_size, h), 0),
     }
     return Shape(args, layer, first, last)
+
+
+_EXPERTS, _EXPERT, _Q, _KV = 256, 2048, 1536, 512
+
+
+def write_experts(root: Path, num_layers: int, ep: int, itemsize: int = 2) -> int:
+    """Write DeepSeek-V3 with so many layers over so many ranks; the bytes its files seem to have.
+
+    Latent attention, three dense layers, then 256 experts and a shared one, one layer that predicts
+    further tokens; modules of Transformer Engine.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    (root / "latest_checkpointed_iteration.txt").write_text("10")
+    h, heads, vocab_size, pattern = 7168, 128, 129280, [0] * 3 + [1] * (num_layers - 3)
+    args = {
+        **_common(num_layers, h, heads, vocab_size, 4096),
+        "kv_channels": 128,
+        "ffn_hidden_size": 18432,
+        "position_embedding_type": "rope",
+        "normalization": "RMSNorm",
+        "swiglu": True,
+        "add_bias_linear": False,
+        "untie_embeddings_and_output_weights": True,
+        "qk_layernorm": True,
+        "multi_latent_attention": True,
+        "q_lora_rank": _Q,
+        "kv_lora_rank": _KV,
+        "qk_head_dim": 128,
+        "qk_pos_emb_head_dim": 64,
+        "v_head_dim": 128,
+        "rope_type": "yarn",
+        "rotary_scaling_factor": 40.0,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+        "num_experts": _EXPERTS,
+        "moe_ffn_hidden_size": _EXPERT,
+        "moe_layer_freq": pattern,
+        "moe_router_topk": 8,
+        "moe_router_num_groups": 8,
+        "moe_router_group_topk": 4,
+        "moe_router_score_function": "sigmoid",
+        "moe_router_enable_expert_bias": True,
+        "moe_router_topk_scaling_factor": 2.5,
+        "moe_shared_expert_intermediate_size": _EXPERT,
+        "moe_grouped_gemm": True,
+        "mtp_num_layers": 1,
+        "tensor_model_parallel_size": 1,
+        "pipeline_model_parallel_size": 1,
+        "expert_model_parallel_size": ep,
+        "expert_tensor_parallel_size": 1,
+        "transformer_impl": "transformer_engine",
+    }
+    norm = {"weight": (h,)}
+    tensors = {"embedding.word_embeddings.weight": (vocab_size, h)}
+    for layer, flag in enumerate(pattern):
+        parts = _expert_layer(h, heads, ep) if flag else _dense_layer(h, heads)
+        tensors |= {f"decoder.layers.{layer}.{name}": size for name, size in parts.items()}
+    tensors |= {f"decoder.final_layernorm.{name}": size for name, size in norm.items()}
+    for name in ("enorm", "hnorm", "final_layernorm"):
+        tensors[f"mtp.layers.0.{name}.weight"] = (h,)
+    tensors["mtp.layers.0.eh_proj.weight"] = (h, 2 * h)
+    inner = "mtp.layers.0.transformer_layer."
+    tensors |= {inner + name: size for name, size in _expert_layer(h, heads, ep).items()}
+    tensors["output_layer.weight"] = (vocab_size, h)
+    num_bytes = 0
+    for rank in range(ep):
+        folder = root / "iter_0000010" / f"mp_rank_00_{rank:03d}"
+        folder.mkdir(parents=True)
+        content = {
+            "args": argparse.Namespace(**args, rank=rank),
+            "checkpoint_version": 3.0,
+            "iteration": 10,
+        }
+        num_bytes += write_file(folder / "model_optim_rng.pt", content, tensors, itemsize)
+    return num_bytes
+
+
+def _latent_attention(h: int, heads: int) -> dict[str, tuple[int, ...]]:
+    parts: dict[str, tuple[int, ...]] = {
+        "linear_proj.weight": (h, heads * 128),
+        "linear_q_down_proj.weight": (_Q, h),
+        "linear_q_up_proj.layer_norm_weight": (_Q,),
+        "linear_q_up_proj.weight": (heads * 192, _Q),
+        "linear_kv_down_proj.weight": (_KV + 64, h),
+        "linear_kv_up_proj.layer_norm_weight": (_KV,),
+        "linear_kv_up_proj.weight": (heads * 256, _KV),
+    }
+    named = {f"self_attention.{name}": size for name, size in parts.items()}
+    return {"input_layernorm.weight": (h,), **named}
+
+
+def _dense_layer(h: int, heads: int) -> dict[str, tuple[int, ...]]:
+    return {
+        **_latent_attention(h, heads),
+        "mlp.linear_fc1.layer_norm_weight": (h,),
+        "mlp.linear_fc1.weight": (2 * 18432, h),
+        "mlp.linear_fc2.weight": (h, 18432),
+    }
+
+
+def _expert_layer(h: int, heads: int, ep: int) -> dict[str, tuple[int, ...]]:
+    local = range(_EXPERTS // ep)
+    return {
+        **_latent_attention(h, heads),
+        "pre_mlp_layernorm.weight": (h,),
+        "mlp.router.weight": (_EXPERTS, h),
+        "mlp.router.expert_bias": (_EXPERTS,),
+        **{f"mlp.experts.linear_fc1.weight{k}": (2 * _EXPERT, h) for k in local},
+        **{f"mlp.experts.linear_fc2.weight{k}": (h, _EXPERT) for k in local},
+        "mlp.shared_experts.linear_fc1.weight": (2 * _EXPERT, h),
+        "mlp.shared_experts.linear_fc2.weight": (h, _EXPERT),
+    }
 
 
 def _common(

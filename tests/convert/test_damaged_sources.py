@@ -756,14 +756,13 @@ def test_a_gated_matrix_that_cannot_be_halved(rows: int, root: Path, out: Path) 
         ("no_rope_freq", [1, 0, 1, 0]),
         ("window_size", (128, 128)),
         ("qk_l2_norm", True),
-        ("multi_latent_attention", True),
         ("num_experts", [8, 8]),
         ("glu_linear_offset", 1.0),
         ("activation_func_clamp_value", 7.0),
         ("apply_residual_connection_post_layernorm", True),
         ("heterogeneous_layers_config_path", "x.json"),
         ("spec", ["my.module", "layers"]),
-        ("fp8_param_gather", True),
+        ("fp4_param_gather", True),
         ("rope_type", "yarn"),
         ("use_mup", True),
     ],
@@ -789,9 +788,9 @@ def test_arguments_with_an_object_for_a_value(root: Path, out: Path) -> None:
 
 
 def test_several_arguments_are_named_at_once(root: Path, out: Path) -> None:
-    set_arguments(root, qk_l2_norm=True, mtp_num_layers=1)
+    set_arguments(root, qk_l2_norm=True, use_mup=True)
     error = refused(root, out, UnsupportedError)
-    assert "qk_l2_norm" in str(error.found) and "mtp_num_layers" in str(error.found)
+    assert "qk_l2_norm" in str(error.found) and "use_mup" in str(error.found)
 
 
 @pytest.mark.parametrize("value", ["yarn", "relative", "mrope"])

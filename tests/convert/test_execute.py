@@ -160,13 +160,18 @@ def test_rows_are_read_once_for_all_who_take_columns(
 
 
 def test_file_by_file_has_one_file_open(matrices: Path) -> None:
-    sink = Sink()
-    execute.run(cut(matrices), sink, file_by_file=True)
-    assert sink.order == sink.opened == [f"part{part}" for part in range(PARTS)]
-    together = Sink()
-    execute.run(cut(matrices), together)
-    assert sorted(together.opened) == sorted(sink.opened)
-    assert together.order[0] == "part0" and len(together.data) == len(sink.data)
+    open_files: list[int] = []
+
+    class Watching(Sink):
+        def file_done(self, file: PlannedFile) -> None:
+            open_files.append(len(self.opened) - len(self.order))
+            super().file_done(file)
+
+    execute.run(cut(matrices), Watching(), file_by_file=True)
+    assert open_files == [1] * PARTS
+    open_files.clear()
+    execute.run(cut(matrices), Watching())
+    assert open_files == [PARTS, *range(PARTS - 1, 0, -1)]
 
 
 def test_columns_of_joined_matrices_are_read_once_too(
@@ -207,20 +212,24 @@ def test_two_workers_begin_with_files_that_are_not_written_together(matrices: Pa
     files = []
     for stage in range(2):
         for part, tensor in enumerate(matrix(matrices, stage).chunk(2, 1)):
-            planned = PlannedTensor("weight", tensor, INT32, 0)
-            files.append(PlannedFile(f"{stage}.{part}", (), (planned,)))
+            own = matrix(matrices, stage).narrow(0, part, 1)
+            columns = PlannedTensor("columns", tensor, INT32, 0)
+            row = PlannedTensor("row", own, INT32, tensor.num_bytes)
+            files.append(PlannedFile(f"{stage}.{part}", (), (columns, row)))
+    first: dict[int, str] = {}
     both = threading.Barrier(2)
 
     class Waiting(Sink):
         def write(self, file: PlannedFile, *args: Any) -> None:
-            if file.name.endswith(".0") and file.name not in self.opened:
+            with self.lock:
+                is_first = threading.get_ident() not in first
+                first.setdefault(threading.get_ident(), file.name)
+            if is_first:
                 both.wait(10)
             super().write(file, *args)
 
-    sink = Waiting()
-    execute.run(ConversionPlan(tuple(files), {}, ()), sink, num_workers=2)
-    assert sink.threads["0.0"] == sink.threads["0.1"] != sink.threads["1.0"]
-    assert sink.threads["1.0"] == sink.threads["1.1"]
+    execute.run(ConversionPlan(tuple(files), {}, ()), Waiting(), num_workers=2)
+    assert sorted(first.values()) == ["0.0", "1.0"]
 
 
 @pytest.mark.parametrize("num_workers", [1, 3])

@@ -236,17 +236,6 @@ def test_two_spellings_of_one_parameter(root: Path, tmp_path: Path) -> None:
     refused(root, tmp_path / "out", MappingError, says="several sources")
 
 
-@pytest.mark.parametrize(("name", "says"), [("legacy/core_v0.12.0-bert-tp2pp1", "BERT")])
-def test_what_is_no_gpt(name: str, says: str, golden: Golden, tmp_path: Path) -> None:
-    refused(golden(name), tmp_path / "out", UnsupportedError, says=says)
-
-
-def test_a_head_of_bert_without_its_pooler(root: Path, tmp_path: Path) -> None:
-    with edited(root / FILE) as content:
-        content["model"]["lm_head"] = {"bias": torch.zeros(504), "dense.weight": torch.ones(2, 2)}
-    refused(root, tmp_path / "out", UnsupportedError, says="BERT")
-
-
 @pytest.mark.parametrize("value", [[3], "3.0", -1, float("nan"), float("inf"), 2**62])
 def test_a_version_that_is_none(value: object, root: Path, tmp_path: Path) -> None:
     with edited(root / FILE) as content:

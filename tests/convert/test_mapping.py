@@ -66,6 +66,15 @@ def tensor(*shape: int) -> LazyTensor:
     return LazyTensor.in_file(DTYPES["float32"], shape, "file", 0)
 
 
+BERT = replace(
+    TINY,
+    kind="bert",
+    num_tokentypes=2,
+    bert_binary_head=True,
+    position_embedding_type="learned_absolute",
+)
+
+
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 @pytest.mark.parametrize("gated", [False, True])
 def test_every_family_rule_undoes_itself(family: str, gated: bool) -> None:
@@ -74,6 +83,15 @@ def test_every_family_rule_undoes_itself(family: str, gated: bool) -> None:
         rotary = family == "gpt_neox"
         kind = "rope" if rotary else "learned_absolute"
         architecture = replace(TINY, num_query_groups=2, position_embedding_type=kind)
+    if family in ("bloom", "falcon"):
+        architecture = replace(
+            TINY,
+            position_embedding_type="alibi" if family == "bloom" else "rope",
+            embedding_norm=family == "bloom",
+            parallel_residual=family == "falcon" and gated,
+        )
+    if family == "megatron-bert":
+        architecture = replace(BERT, num_tokentypes=2 * gated)
     source = {name: tensor(*shape) for name, shape in expected(architecture).items()}
     table = FAMILIES[family].rules(architecture)
     back = table.inverse.apply(table.apply(source, architecture), architecture)
@@ -83,7 +101,8 @@ def test_every_family_rule_undoes_itself(family: str, gated: bool) -> None:
 @pytest.mark.parametrize("dialect", DIALECTS, ids=lambda dialect: dialect.name)
 @pytest.mark.parametrize("untied", [False, True])
 def test_every_dialect_can_be_written(dialect: Dialect, untied: bool) -> None:
-    architecture = replace(TINY, untie_embeddings_and_output_weights=untied)
+    own = {"gpt": TINY, "bert": BERT}[dialect.kind]
+    architecture = replace(own, untie_embeddings_and_output_weights=untied)
     names = [
         name for name in expected(architecture) if "_layernorm." not in name or "final" in name
     ]

@@ -1,9 +1,14 @@
 """What the package offers, and what using it costs."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
+
+import pytest
 
 import mtt_convert
+from tests.convert.surgery import TORCH
 
 HEAVY = ("torch", "transformers", "safetensors", "huggingface_hub", "accelerate", "tqdm")
 
@@ -40,3 +45,33 @@ def test_converting_needs_neither_torch_nor_transformers(golden, tmp_path) -> No
     )
     source = golden("mcore/llama/tp2pp2vpp2/torch")
     assert not modules_after(code, str(source), str(tmp_path / "out")) & set(HEAVY)
+
+
+def test_looking_at_a_checkpoint_needs_no_numpy(golden) -> None:
+    code = "import sys; from mtt_convert.cli import main; main(['inspect', sys.argv[1]])"
+    assert not modules_after(code, str(golden(TORCH))) & {*HEAVY, "numpy"}
+
+
+@pytest.mark.parametrize(
+    ("command", "seconds"),
+    [("--help", 0.1), ("inspect CKPT", 0.5), ("convert CKPT OUT --tokenizer none", 1.0)],
+)
+def test_commands_start_at_once(command: str, seconds: float, golden, tmp_path: Path) -> None:
+    """CPU time of the whole process, the shortest of a few: others may be at work here."""
+    found = []
+    environ = {**os.environ, "PYTHONPYCACHEPREFIX": str(tmp_path / "compiled")}
+    environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    for turn in range(4):
+        places = {"CKPT": str(golden(TORCH)), "OUT": str(tmp_path / str(turn))}
+        words = [places.get(word, word) for word in command.split()]
+        process = subprocess.Popen(
+            [sys.executable, "-m", "mtt_convert", *words],
+            env=environ,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        assert process.returncode == 0
+        found.append(usage.ru_utime + usage.ru_stime)
+    assert min(found) < seconds

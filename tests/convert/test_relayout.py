@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from mtt_convert import convert
+from mtt_convert.architecture import Architecture
 from mtt_convert.families import FAMILIES, names
 from mtt_convert.logits import compare_logits
 from mtt_convert.mapping import Rule, RuleTable
@@ -66,8 +67,8 @@ def test_a_wrong_layout_fails(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def rules(architecture: object) -> RuleTable:
-        table = names._TABLES[True]
+    def rules(architecture: Architecture) -> RuleTable:
+        table = names.decoder_rules(architecture)
         return RuleTable(
             *(
                 Rule(rule.source, rule.target, wrong) if type(rule.op) is right else rule  # type: ignore[arg-type]

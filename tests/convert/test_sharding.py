@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.distributed import DistributedConfig
 
 import modeling_mtt  # noqa: F401 (registers the classes)
@@ -31,7 +31,8 @@ def load_on(tmp_path: Path, tp_size: int, pp_size: int, *checkpoints: Path) -> d
         if not folder.exists():
             mtt_convert.convert(checkpoint, folder)
         places += [str(checkpoint), str(folder)]
-        model = AutoModelForCausalLM.from_pretrained(folder)
+        is_t5 = AutoConfig.from_pretrained(folder).is_encoder_decoder
+        model = (AutoModelForSeq2SeqLM if is_t5 else AutoModelForCausalLM).from_pretrained(folder)
         ids = torch.tensor([[3, 1, 4, 1, 5, 9]])
         text = model.generate(
             ids,
@@ -39,6 +40,7 @@ def load_on(tmp_path: Path, tp_size: int, pp_size: int, *checkpoints: Path) -> d
             do_sample=False,
             max_new_tokens=5,
             pad_token_id=0,
+            **({"decoder_start_token_id": 1} if is_t5 else {}),
         )
         texts[str(checkpoint)] = text.tolist()
     script, facts = Path(__file__).with_name("sharded_loading.py"), tmp_path / "facts.json"
@@ -84,7 +86,8 @@ def widened(golden, tmp_path: Path) -> Path:
 @pytest.mark.slow
 def test_tensor_parallel(golden, tmp_path):
     wide = widened(golden, tmp_path)
-    facts = load_on(tmp_path, 2, 1, golden(LLAMA), golden("mcore/gpt/tp2pp2/torch"), wide)
+    t5 = golden("mcore-te/t5_te/tp2/torch_dist")
+    facts = load_on(tmp_path, 2, 1, golden(LLAMA), golden("mcore/gpt/tp2pp2/torch"), wide, t5)
     for checkpoint, found in facts.items():
         for num_bytes, share_and_replicated in found["ranks"]:
             assert num_bytes <= share_and_replicated, checkpoint
@@ -104,3 +107,10 @@ def test_sizes_that_do_not_divide_are_refused_before_anything_is_read(golden, mo
         mtt_convert.from_megatron(golden(LLAMA), tp_size=3)
     assert refusal.value.expected == "tp 1, 2, 4, 8"
     assert refusal.value.fix == "--tp 2"
+
+
+def test_an_encoder_and_its_decoder_are_no_pipeline(golden, monkeypatch):
+    monkeypatch.setattr("mtt_convert.loading.run", None)
+    with pytest.raises(LayoutError) as refusal:
+        mtt_convert.from_megatron(golden("mcore/t5/tp2/torch"), pp_size=2)
+    assert refusal.value.expected == "--pp 1"

@@ -121,6 +121,24 @@ def test_inspecting_behind_a_url_reads_a_fraction(tmp_path: Path) -> None:
         assert site.num_bytes < num_bytes / 100
 
 
+REMOTE = {
+    "torch": TORCH,
+    "layers": "legacy/megatron-deepspeed-6acc370a-gpt2-tp2pp2",
+    "module": "legacy/megatron-deepspeed-6acc370a-NOPIPE-gpt2-tp2pp1",
+    "universal": "legacy/universal-6acc370a-gpt2-from-ZERO1bf16-tp2dp2",
+}
+
+
+@pytest.mark.parametrize("kind", REMOTE)
+def test_ranks_are_opened_several_at_a_time(kind: str, golden: Golden) -> None:
+    with serving(Site(golden(REMOTE[kind]), delay=0.005)) as site:
+        remote = mtt_convert.open_checkpoint(site.url)
+        assert site.most_files_at_once > 1
+    local = mtt_convert.open_checkpoint(golden(REMOTE[kind]))
+    assert list(remote.tensors) == list(local.tensors)
+    assert [t.shape for t in remote.tensors.values()] == [t.shape for t in local.tensors.values()]
+
+
 def test_converting_reads_each_byte_about_once(golden: Golden, tmp_path: Path) -> None:
     root = golden(TORCH)
     total = sum(path.stat().st_size for path in root.rglob("*") if path.is_file())

@@ -11,12 +11,22 @@ from modeling_mtt import AUTO_MAP
 
 CODE = [
     "attention_mtt.py",
+    "base_mtt.py",
     "cache_mtt.py",
     "configuration_mtt.py",
+    "generation_mtt.py",
+    "layers_mtt.py",
     "linear_mtt.py",
+    "mla_mtt.py",
+    "mlp_mtt.py",
     "modeling_mtt.py",
+    "moe_mtt.py",
+    "mtp_mtt.py",
+    "norms_mtt.py",
     "parallel_mtt.py",
+    "plans_mtt.py",
     "positions_mtt.py",
+    "validation_mtt.py",
 ]
 
 SCRIPT = """
@@ -57,10 +67,11 @@ with torch.no_grad():
 """
 
 
-@pytest.mark.parametrize("preset", ["gpt", "nemotron"])
+@pytest.mark.parametrize("preset", ["gpt", "nemotron", "deepseek"])
 def test_saved_code_runs_and_is_saved_again(tiny_model, run_python, tmp_path, preset):
     saved, again = tmp_path / "saved", tmp_path / "again"
-    model = tiny_model(preset)
+    heads = {"num_nextn_predict_layers": 1} if preset == "deepseek" else {}
+    model = tiny_model(preset, **heads)
     model.save_pretrained(saved)
     input_ids = torch.tensor([[3, 1, 4, 1, 5]])
     with torch.no_grad():

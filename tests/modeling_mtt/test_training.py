@@ -10,6 +10,7 @@ from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
 
 SHAPES = ("gpt", "llama", "nemotron")
+SPARSE = ("mixtral", "deepseek")
 
 pytestmark = pytest.mark.filterwarnings(
     # Renamed in transformers 5.23; PEFT and 5.17 know the old name only.
@@ -45,7 +46,7 @@ def losses(trainer: Trainer) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-@pytest.mark.parametrize("preset", SHAPES)
+@pytest.mark.parametrize("preset", SHAPES + SPARSE)
 def test_trainer_with_bfloat16_and_gradient_checkpointing(tiny_model, tmp_path, preset):
     trainer = Trainer(
         model=tiny_model(preset).train(),
@@ -136,6 +137,11 @@ def adapted(model: torch.nn.Module) -> set[str]:
     [
         ("gpt", {"q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"}),
         ("llama", {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}),
+        (
+            "deepseek",
+            {"q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"}
+            | {"gate_proj", "up_proj", "down_proj"},
+        ),
     ],
 )
 def test_lora_finds_every_linear_but_the_head(tiny_model, preset, expected):
@@ -182,3 +188,38 @@ def test_lora(tiny_model, tmp_path, preset):
         torch.testing.assert_close(merged(input_ids).logits, expected, rtol=1e-4, atol=1e-4)
     changed = {n.split(".")[-2] for n, t in merged.state_dict().items() if not t.equal(before[n])}
     assert changed == {"q_proj", "v_proj", "up_proj", "down_proj"}
+
+
+@pytest.mark.parametrize("preset", ["switch", "mixtral", "deepseek"])
+def test_lora_on_experts(tiny_model, tmp_path, preset):
+    """Experts are parameters, not layers: PEFT takes their names in `target_parameters`."""
+    model = tiny_model(preset)
+    model.save_pretrained(tmp_path / "model")
+    model = type(model).from_pretrained(tmp_path / "model")
+    inner = "gate_up_proj" if model.config.gated_mlp else "up_proj"
+    config = lora(["o_proj"])
+    config.target_parameters = [f"mlp.experts.{inner}", "mlp.experts.down_proj"]
+    config.lora_dropout = 0.0
+    tuned = get_peft_model(model, config)
+    optimizer = torch.optim.Adam([p for p in tuned.parameters() if p.requires_grad], 1e-2)
+    batch = torch.stack([text["input_ids"] for text in examples(8)])
+    found = []
+    for _ in range(15):
+        loss = tuned(batch, labels=batch).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        found.append(loss.item())
+    assert sum(found[-3:]) < 0.9 * sum(found[:3])
+    moved = {n for n, p in tuned.named_parameters() if "experts" in n and "lora_B" in n and p.any()}
+    assert len(moved) == 2 * model.config.types_of_mlps().count("sparse")
+
+    tuned.eval()
+    with torch.no_grad():
+        expected = tuned(batch).logits
+    tuned.save_pretrained(tmp_path / "adapter")
+    again = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
+    merged = tuned.merge_and_unload()
+    with torch.no_grad():
+        torch.testing.assert_close(again(batch).logits, expected, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(merged(batch).logits, expected, rtol=1e-3, atol=1e-3)

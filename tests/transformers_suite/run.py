@@ -35,6 +35,7 @@ YARDSTICKS = {
     "GPT": "Llama",
     "LlamaLike": "Llama",
     "NemotronLike": "Llama",
+    "MoELike": "Qwen3Moe",
     "T5": "Bart",
     "T5Local": "Bart",
     "T5Rotary": "Bart",

@@ -25,6 +25,12 @@ from transformers import (
     LlamaModel,
     PreTrainedConfig,
     PreTrainedModel,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+    Qwen3MoeForQuestionAnswering,
+    Qwen3MoeForSequenceClassification,
+    Qwen3MoeForTokenClassification,
+    Qwen3MoeModel,
 )
 
 from modeling_mtt import (
@@ -131,6 +137,40 @@ class NemotronLike(ModelTester):
         "attention_out_bias": False,
         "mlp_bias": False,
         "tie_word_embeddings": False,
+    }
+
+
+class MoELike(ModelTester):
+    """LlamaLike with experts, as Qwen3-MoE has them, and one that every token goes through."""
+
+    options: ClassVar = {
+        **LlamaLike.options,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 16,
+        "mlp_layer_types": ["dense", "sparse"],
+    }
+
+
+class Qwen3Moe(ModelTester):
+    config_class = Qwen3MoeConfig
+    base_model_class = Qwen3MoeModel
+    causal_lm_class = Qwen3MoeForCausalLM
+    all_model_classes = (
+        Qwen3MoeModel,
+        Qwen3MoeForCausalLM,
+        Qwen3MoeForQuestionAnswering,
+        Qwen3MoeForSequenceClassification,
+        Qwen3MoeForTokenClassification,
+    )
+    options: ClassVar = {
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "mlp_only_layers": [0],
     }
 
 
@@ -282,6 +322,14 @@ class TestLlamaLike(Decoder, unittest.TestCase):
 
 class TestNemotronLike(Decoder, unittest.TestCase):
     tester_class = NemotronLike
+
+
+class TestMoELike(Decoder, unittest.TestCase):
+    tester_class = MoELike
+
+
+class TestQwen3Moe(Decoder, unittest.TestCase):
+    tester_class = Qwen3Moe
 
 
 class TestLlama(Decoder, unittest.TestCase):

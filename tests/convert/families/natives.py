@@ -33,6 +33,18 @@ GPT2: dict[str, Any] = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
+BLOOM: dict[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "n_layer": 4,
+    "n_head": 4,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+FALCON = {**SIZES, "ffn_hidden_size": 48}
+del FALCON["intermediate_size"]
+OWN_SIZES = {"gpt2": GPT2, "bloom": BLOOM, "falcon": FALCON}
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 500000.0,
@@ -60,6 +72,8 @@ CLASSES = {
     "gpt2": "GPT2LMHeadModel",
     "gpt_neox": "GPTNeoXForCausalLM",
     "nemotron": "NemotronForCausalLM",
+    "bloom": "BloomForCausalLM",
+    "falcon": "FalconForCausalLM",
     "mixtral": "MixtralForCausalLM",
     "qwen2_moe": "Qwen2MoeForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
@@ -67,6 +81,8 @@ CLASSES = {
     "glm4_moe": "Glm4MoeForCausalLM",
 }
 WITH_EXPERTS = ("mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3", "glm4_moe")
+# Without a counterpart in MTT.
+NO_DECODERS = {"megatron-bert": "MegatronBertForPreTraining"}
 
 
 @dataclass(frozen=True)
@@ -92,7 +108,7 @@ class Case:
         return "-".join([self.family, *shown, *(["further"] * self.further)])
 
     def config(self) -> Any:
-        sizes = GPT2 if self.family == "gpt2" else SIZES
+        sizes = OWN_SIZES.get(self.family, SIZES)
         return model_class(self.family).config_class(**{**sizes, **self.options})
 
     @property
@@ -102,6 +118,10 @@ class Case:
             return "gated_linear_unit"
         if self.family == "gpt_neox" and self.config().use_parallel_residual:
             return "parallel_residual"
+        if self.family == "falcon" and self.config().parallel_attn:
+            return "parallel_residual"
+        if self.family == "bloom":
+            return "position_embedding_type = alibi"
         return None
 
     def model(self) -> Any:
@@ -161,7 +181,7 @@ def further_logits(case: Case, folder: Path, input_ids: torch.Tensor) -> list[to
     The k-th has logits for all tokens that have k + 1 after them.
     """
     layers = transformers.modeling_layers
-    if not hasattr(layers, "MtpModel"):
+    if not hasattr(getattr(layers, "MtpModel", None), "forward_layer"):
         return []
     native_class = model_class(case.family)
     with pytest.MonkeyPatch.context() as patch:  # the class knows its published sizes only
@@ -184,7 +204,7 @@ def further_logits(case: Case, folder: Path, input_ids: torch.Tensor) -> list[to
 
 
 def model_class(family: str) -> Any:
-    return getattr(transformers, CLASSES[family])
+    return getattr(transformers, {**CLASSES, **NO_DECODERS}[family])
 
 
 def case(family: str, further: int = 0, **options: Any) -> Case:
@@ -274,6 +294,17 @@ CASES = [
     ),
     case("nemotron", num_key_value_heads=2, partial_rotary_factor=1.0),
     case("gpt_neox", use_parallel_residual=False, hidden_act="gelu_new"),
+    case("bloom"),
+    case("bloom", n_head=6, hidden_size=36, tie_word_embeddings=False, pretraining_tp=2),
+    case("bloom", layer_norm_epsilon=1e-3, slow_but_exact=True),
+    # Falcon 7B, 40B, 11B, and the oldest without ALiBi.
+    case("falcon"),
+    case("falcon", new_decoder_architecture=True, num_kv_heads=2),
+    case("falcon", new_decoder_architecture=True, num_kv_heads=2, num_ln_in_parallel_attn=1),
+    case("falcon", new_decoder_architecture=True, num_kv_heads=4, tie_word_embeddings=False),
+    case("falcon", multi_query=False, parallel_attn=False, bias=True),
+    case("falcon", parallel_attn=False, activation="gelu_new", rope_parameters=LINEAR),
+    case("falcon", multi_query=False, bias=True, tie_word_embeddings=False),
     experts("mixtral"),
     experts(
         "mixtral",

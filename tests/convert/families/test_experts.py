@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +29,7 @@ from mtt_convert import (
 from mtt_convert.cli import main
 from mtt_convert.families import FAMILIES
 from mtt_convert.logits import compare_logits
+from mtt_convert.parameters import expected
 from tests.convert.families.natives import (
     CASES,
     WITH_EXPERTS,
@@ -36,6 +38,7 @@ from tests.convert.families.natives import (
     further_logits,
     model_class,
 )
+from tests.convert.families.published import PUBLISHED
 
 WEIGHTS = "model.safetensors"
 FURTHER = [case for case in CASES if case.further]
@@ -51,6 +54,28 @@ def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> N
 
 def bytes_of(folder: Path) -> bytes:
     return (folder / WEIGHTS).read_bytes()
+
+
+# ---- published models
+
+
+@pytest.mark.parametrize(
+    ("config", "count"),
+    PUBLISHED,
+    ids=lambda value: value["model_type"] if isinstance(value, dict) else "",
+)
+def test_a_published_model_has_as_many_parameters_as_it_is_said_to(
+    config: dict[str, Any], count: int
+) -> None:
+    """All that is in its files: layers for further tokens, and copies, too."""
+    family = FAMILIES[config["model_type"]]
+    a = family.architecture(config)
+    assert (family.misfits(a), family.warnings(config)) == ((), ())
+    shapes = expected(a)
+    tables = 2 * a.padded_vocab_size * a.hidden_size * a.mtp_num_layers
+    assert len(family.copies(a)) == 2 * a.mtp_num_layers
+    assert sum(math.prod(shape) for shape in shapes.values()) + tables == count
+    assert family.architecture(family.config(a)).forward_pass() == a.forward_pass()
 
 
 # ---- experts in one tensor per layer
@@ -137,8 +162,8 @@ def test_the_bias_of_experts_stays_float32(family: str, tmp_path: Path) -> None:
     assert {t.dtype for t in load_file(tmp_path / "wide" / WEIGHTS).values()} == {torch.float32}
 
 
-def test_fp8_is_refused_by_name(tmp_path: Path) -> None:
-    """DeepSeek's files: blocks of float8 with a scale each, whether config.json says so or not."""
+def test_scales_that_the_configuration_is_silent_about(tmp_path: Path) -> None:
+    """DeepSeek's files have blocks of float8 with a scale each; config.json says how large."""
     experts("deepseek_v3").save(tmp_path)
     name = "model.layers.0.mlp.up_proj.weight"
 
@@ -150,12 +175,6 @@ def test_fp8_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError) as caught:
         open_checkpoint(tmp_path)
     assert f"{name}_scale_inv" in str(caught.value.found)
-    config = json.loads((tmp_path / "config.json").read_text())
-    method = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
-    (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": method}))
-    with pytest.raises(UnsupportedError) as caught:
-        open_checkpoint(tmp_path)
-    assert "quant_method = 'fp8'" in str(caught.value.found)
 
 
 # ---- layers that predict further tokens
@@ -200,6 +219,7 @@ def test_they_are_left_out_on_request(case: Case, tmp_path: Path) -> None:
         assert bytes_of(tmp_path / to) == bytes_of(tmp_path / f"{to}-without")
         configs = [(tmp_path / f / "config.json").read_text() for f in (to, f"{to}-without")]
         assert configs[0] == configs[1]
+    assert from_megatron(tmp_path / "source", drop_mtp=True, tokenizer="none").model.mtp is None
     replace(case, further=0).save(tmp_path / "plain")
     convert(tmp_path / "plain", tmp_path / "same", model_type=case.family, drop_mtp=True)
 

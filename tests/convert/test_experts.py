@@ -1,0 +1,255 @@
+"""Experts of ranks under global numbers, whichever module has them; wrong ways are caught."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mtt_convert import convert, diff, open_checkpoint
+from mtt_convert import experts as experts_module
+from mtt_convert.checkpoint import Shard
+from mtt_convert.dtypes import DTYPES
+from mtt_convert.errors import CorruptError, IncompleteError, InconsistentError
+from mtt_convert.experts import GROUPED, SEQUENTIAL, TE_GROUPED, numbered, spelled
+from mtt_convert.logits import compare_logits
+from mtt_convert.tensors import LazyTensor, zeros
+from tests.convert.surgery import copy_of, edited
+
+from .test_row_order import elements, stored
+
+Golden = Callable[[str], Path]
+LAYER = "decoder.layers.0.mlp"
+ROUTER = f"{LAYER}.router.weight"
+HIDDEN, ROWS, WIDTH = 4, 6, 3
+
+
+def blank(*shape: int) -> LazyTensor:
+    return zeros(DTYPES["float32"], shape)
+
+
+def rank(ep: int, names: dict[str, tuple[int, ...]], count: int = 4) -> Shard:
+    tensors = {ROUTER: blank(count, HIDDEN)}
+    tensors |= {f"{LAYER}.experts.{name}": blank(*shape) for name, shape in names.items()}
+    return Shard(f"rank {ep}", tensors, ep=ep)
+
+
+SPELLINGS: dict[str, list[dict[str, tuple[int, ...]]]] = {
+    "SequentialMLP": [
+        {f"local_experts.{k}.linear_fc{n}.weight": () for k in range(2) for n in (1, 2)}
+    ]
+    * 2,
+    "TEGroupedMLP": [{f"linear_fc{n}.weight{k}": () for k in range(2) for n in (1, 2)}] * 2,
+    "GroupedMLP": [{"weight1": (HIDDEN, 2 * ROWS), "weight2": (2 * WIDTH, HIDDEN)}] * 2,
+    "stacked": [
+        {
+            "experts.linear_fc1.weight": (4, ROWS, HIDDEN),
+            "experts.linear_fc2.weight": (4, HIDDEN, WIDTH),
+        }
+    ],
+    "singleton": [{f"experts.{e}.linear_fc{n}.weight": () for e in range(4) for n in (1, 2)}],
+}
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_every_module_has_the_same_experts(spelling: str) -> None:
+    shards = numbered([rank(ep, names) for ep, names in enumerate(SPELLINGS[spelling])])
+    found = [name for shard in shards for name in shard.tensors if name != ROUTER]
+    assert sorted(found) == sorted(
+        f"{LAYER}.experts.{e}.linear_fc{n}.weight" for e in range(4) for n in (1, 2)
+    )
+    assert f"{LAYER}.experts.3.linear_fc1.weight" in shards[-1].tensors
+
+
+def test_layers_without_experts_are_left_alone() -> None:
+    shard = Shard("file", {f"{LAYER}.linear_fc1.weight": blank(2, 2)})
+    assert numbered([shard]) == (shard,)
+
+
+def test_the_shape_of_grouped_experts_lies(tmp_path: Path) -> None:
+    """What a rank multiplies is [experts, hidden, rows], whatever the matrix is called."""
+    true = np.arange(2 * HIDDEN * ROWS, dtype=np.float32).reshape(2, HIDDEN, ROWS)
+    matrix = stored(tmp_path, "weight1", true.reshape(HIDDEN, 2 * ROWS))
+    shard = Shard("file", {ROUTER: blank(2, HIDDEN), f"{LAYER}.experts.weight1": matrix})
+    tensors = numbered([shard])[0].tensors
+    for number in range(2):
+        expert = tensors[f"{LAYER}.experts.{number}.linear_fc1.weight"]
+        assert np.array_equal(elements(expert), true[number].T)
+        as_it_looks = true.reshape(HIDDEN, 2 * ROWS)[:, number * ROWS : (number + 1) * ROWS].T
+        assert not np.array_equal(elements(expert), as_it_looks)
+
+
+@pytest.mark.parametrize("module", [SEQUENTIAL, TE_GROUPED, GROUPED])
+def test_spelling_is_undone(module: str, tmp_path: Path) -> None:
+    values = np.random.default_rng(0).random((4, 2, ROWS, HIDDEN)).astype(np.float32)
+    names = {
+        f"{LAYER}.experts.{e}.linear_fc{n}.weight": stored(tmp_path, f"{e}{n}", values[e, n - 1])
+        for e in (2, 3)
+        for n in (1, 2)
+    }
+    entries = spelled(names, module, first=2)
+    other = Shard("rank 0", {ROUTER: blank(4, HIDDEN)}, ep=0)
+    back = numbered([other, Shard("rank 1", {ROUTER: blank(4, HIDDEN), **entries}, ep=1)])[1]
+    assert back.tensors.keys() - {ROUTER} == names.keys()
+    for name, tensor in names.items():
+        assert np.array_equal(elements(back.tensors[name]), elements(tensor))
+
+
+@pytest.mark.parametrize(
+    ("shards", "error", "words"),
+    [
+        (
+            [rank(0, {"local_experts.0.linear_fc1.weight": ()})],
+            IncompleteError,
+            "linear_fc1.weight of 1 experts",
+        ),
+        (
+            [rank(0, {"linear_fc1.weight1": (), "linear_fc1.weight2": ()}, count=2)],
+            IncompleteError,
+            "numbers 1 to 2",
+        ),
+        ([rank(0, {}, count=3), rank(1, {"weight1": (4, 4)}, count=3)], InconsistentError, "2"),
+        ([rank(0, {"weight1": (4, 7)})], CorruptError, "cannot be divided into experts"),
+        ([rank(0, {"weight2": (4,)})], CorruptError, "cannot be divided into experts"),
+        ([rank(0, {"gate.weight": (4, 4)})], CorruptError, "no part of an expert"),
+        (
+            [Shard("file", {f"{LAYER}.experts.weight1": blank(4, 4)})],
+            IncompleteError,
+            "router.weight is missing",
+        ),
+    ],
+)
+def test_experts_that_are_not_whole(
+    shards: list[Shard], error: type[Exception], words: str
+) -> None:
+    with pytest.raises(error) as caught:
+        numbered(shards)
+    assert words in str(caught.value)
+
+
+def test_experts_of_swapped_ranks_are_another_model(
+    golden: Golden, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Names and shapes are those of the right one; only Megatron's logits tell."""
+    source = golden("mcore/mixtral/ep2/torch")
+    right = experts_module.numbered
+
+    def swapped(shards: list[Shard]) -> tuple[Shard, ...]:
+        return right([replace(shard, ep=1 - shard.ep) for shard in shards])
+
+    monkeypatch.setattr(experts_module, "numbered", swapped)
+    convert(source, tmp_path / "out", tokenizer="none")
+    assert compare_logits(tmp_path / "out", golden("mcore/mixtral/logits.npz")) > 1e-2
+
+
+def test_a_grouped_matrix_as_it_looks_is_another_model(
+    golden: Golden, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def as_it_looks(name: str, tensor: LazyTensor, kind: str, count: int) -> list[LazyTensor]:
+        axis = 1 if kind == "weight1" else 0
+        return [part.permute(1, 0) for part in tensor.chunk(count, axis)]
+
+    monkeypatch.setattr(experts_module, "_apart", as_it_looks)
+    convert(golden("mcore/mixtral_bf16/grouped_ep2/torch"), tmp_path / "out", tokenizer="none")
+    assert compare_logits(tmp_path / "out", golden("mcore/mixtral_bf16/logits.npz")) > 1e-2
+
+
+SOURCES = {
+    "mcore/mixtral/tp2ep2/torch": (1, 2, 4),
+    "mcore-te/moe_mixed/ep2/torch_dist": (1, 4),
+    "mcore/mla/tp2pp1/torch": (2,),
+}
+
+
+@pytest.mark.parametrize("name", SOURCES)
+@pytest.mark.parametrize("impl", ["local", "transformer_engine"])
+def test_any_layout_holds_the_same_bits(
+    name: str, impl: str, golden: Golden, tmp_path: Path
+) -> None:
+    """Expert ranks, their own tensor parallelism, pipelines with and without virtual stages."""
+    layouts = [
+        {"tp": tp, "ep": ep, "etp": etp, "pp": pp, "vpp": vpp}
+        for ep in SOURCES[name]
+        for tp, etp in ((1, None), (2, 1), (2, None))
+        for pp, vpp in ((1, None), (2, None), (2, 2))
+    ]
+    for number, (to, layout) in enumerate(product(("torch", "torch_dist"), layouts)):
+        if (number + len(impl)) % 8:
+            continue  # an eighth of them, another one for each spec
+        target = tmp_path / "out"
+        convert(golden(name), target, to=to, transformer_impl=impl, **layout)
+        assert diff(golden(name), target).differences == (), (to, layout)
+        shutil.rmtree(target)
+
+
+@pytest.mark.parametrize("grouped", [True, False])
+@pytest.mark.parametrize("impl", ["local", "transformer_engine"])
+def test_every_module_is_written_and_read(
+    impl: str, grouped: bool, golden: Golden, tmp_path: Path
+) -> None:
+    source = copy_of(golden, "mcore/mixtral/ep2/torch", tmp_path)
+    for path in source.rglob("model_optim_rng.pt"):
+        with edited(path) as content:
+            content["args"].moe_grouped_gemm = grouped
+    target = tmp_path / "out"
+    convert(source, target, to="torch", transformer_impl=impl, tp=2, ep=2)
+    assert diff(source, target).differences == ()
+    names = {name for shard in _raw(target) for name in shard.tensors}
+    wanted = "local_experts.0." if not grouped else "weight1" if impl == "local" else "weight0"
+    assert any(wanted in name for name in names)
+
+
+def _raw(folder: Path) -> tuple[Shard, ...]:
+    from mtt_convert import formats
+
+    reader, place = formats.find(str(folder), None)
+    return reader.open_folder(place, frozenset()).shards
+
+
+def test_ranks_that_write_with_narrow_experts(golden: Golden, tmp_path: Path) -> None:
+    """TP 2, EP 2, ETP 1: two ranks hold everything, and Megatron writes no other files."""
+    target = tmp_path / "out"
+    convert(golden("mcore/mixtral/tp2ep2/torch"), target, to="torch", tp=2, ep=2, etp=1)
+    folders = sorted(path.parent.name for path in target.rglob("*.pt"))
+    assert folders == ["mp_rank_00_000", "mp_rank_01_001"]
+    checkpoint = open_checkpoint(target)
+    assert str(checkpoint.layout) == "TP2 x PP1 x EP2 x ETP1"
+    assert diff(golden("mcore/mixtral/tp2ep2/torch"), target).differences == ()
+
+
+@pytest.mark.parametrize("folder", ["mp_rank_00_001", "mp_rank_01_000"])
+def test_a_missing_rank_is_named(folder: str, golden: Golden, tmp_path: Path) -> None:
+    source = copy_of(golden, "mcore/mixtral/tp2ep2/torch", tmp_path)
+    shutil.rmtree(next(source.rglob(folder)))
+    with pytest.raises(IncompleteError) as caught:
+        open_checkpoint(source)
+    assert f"{folder}/model_optim_rng.pt" in str(caught.value)
+    assert "3 of 4 ranks" in str(caught.value)
+
+
+def test_a_missing_rank_of_an_incomplete_grid(golden: Golden, tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    convert(golden("mcore/mixtral/tp2ep2/torch"), target, to="torch", tp=2, pp=2, ep=4, etp=1)
+    shutil.rmtree(next(target.rglob("mp_rank_01_001_003")))
+    with pytest.raises(IncompleteError, match="a file of expert rank 3 at pipeline rank 1"):
+        open_checkpoint(target)
+
+
+def test_two_numbers_of_a_folder_are_told_by_the_arguments(golden: Golden, tmp_path: Path) -> None:
+    """mp_rank_00_001 is expert rank 1 or pipeline rank 1."""
+    by_experts, by_stages = tmp_path / "experts", tmp_path / "stages"
+    source = golden("mcore/mixtral/ep2/torch")
+    convert(source, by_experts, to="torch", ep=2)
+    convert(source, by_stages, to="torch", pp=2)
+    for root, layout in ((by_experts, "TP1 x PP1 x EP2"), (by_stages, "TP1 x PP2")):
+        assert sorted(p.name for p in root.glob("*/mp_rank_*")) == [
+            "mp_rank_00_000",
+            "mp_rank_00_001",
+        ]
+        assert str(open_checkpoint(root).layout) == layout
+        assert diff(source, root).differences == ()
