@@ -157,7 +157,8 @@ def from_megatron(
     model.tie_weights(recompute_mapping=False)
     if distributed:
         model.to(device)  # buffers
-    model.generation_config = GenerationConfig(**generation_config(conversion.tokens))
+    generation = generation_config(conversion.tokens, checkpoint.architecture)
+    model.generation_config = GenerationConfig(**generation)
     loaded: MTTForCausalLM | MTTForConditionalGeneration = model.eval()
     return loaded
 
