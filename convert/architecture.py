@@ -200,8 +200,7 @@ class Architecture:
     """The softmax is over all experts rather than those chosen."""
 
     moe_router_topk_scaling_factor: float | None = None
-    """Multiplies the weights of the chosen experts; None for no factor. Megatron applies it to a
-    softmax only with `moe_router_pre_softmax`, so that it is None without."""
+    """Multiplies the weights of the chosen experts; None for no factor."""
 
     moe_router_enable_expert_bias: bool = False
     """A number per expert, kept in float32, is added to its score when experts are chosen."""
