@@ -11,6 +11,7 @@ line `cp -r CKPT OUT`, the conversion, and a conversion of the same tensors an e
 in turn, each as a process of its own, timed from its start to its end, Python's start included;
 OUT is removed before each, outside the time. A turn in which other processes took more than a few
 percent of the machine is repeated. Modules are compiled once before, as an installation does.
+Other converters hold the checkpoint up to several times in memory: --small where there is little.
 
 GB/s        bytes of weights / wall time of the process
 of cp       speed / speed of the `cp -r` of the same turn: 1.2 is 1.2 times as fast as cp

@@ -9,6 +9,7 @@ import importlib.metadata
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _EVERY_SECONDS = 0.02
+_MOST_SECONDS = 300
 MOST_BY_OTHERS = 0.05  # share of the machine's CPU time
 
 
@@ -41,7 +43,7 @@ class Run:
 
 
 class _Sampler(threading.Thread):
-    """Looks at a process and at folders until it is told to stop."""
+    """Looks at a process and at folders until it is told to stop; ends one that takes too long."""
 
     def __init__(self, pid: int, folders: Sequence[Path]) -> None:
         super().__init__(daemon=True)
@@ -50,7 +52,12 @@ class _Sampler(threading.Thread):
         self.peak_kb, self.peak_blocks = 0, 0
 
     def run(self) -> None:
+        end = time.monotonic() + _MOST_SECONDS
         while not self._ended.is_set():
+            if time.monotonic() > end:
+                for pid in _family(self._pid):
+                    os.kill(pid, signal.SIGKILL)
+                return
             self.peak_kb = max(self.peak_kb, *map(_peak_kb, _family(self._pid)))
             self.peak_blocks = max(self.peak_blocks, sum(map(_blocks, self._folders)))
             self._ended.wait(_EVERY_SECONDS)
@@ -92,7 +99,7 @@ def _blocks(folder: Path) -> int:
 def measure(command: Sequence[str], out: Path, env: dict[str, str] | None = None) -> Run:
     """Run a command that writes to `out`, which is removed before.
 
-    What it says is shown if it fails.
+    What it says is shown if it fails. After five minutes it is killed: status -9.
     """
     shutil.rmtree(out, ignore_errors=True)
     temporary = out.with_name("tmp")

@@ -40,7 +40,7 @@ _SIZES = (
     ("--pp", "--pipeline-model-parallel-size", "stages that share the layers"),
     ("--vpp", "--virtual-pipeline-model-parallel-size", "parts of a stage"),
     ("--ep", "--expert-model-parallel-size", "ranks that share the experts"),
-    ("--etp", "--expert-tensor-parallel-size", "ranks that share one expert"),
+    ("--etp", "--expert-tensor-parallel-size", "ranks that share one expert; default: --tp"),
 )
 Options: TypeAlias = "argparse._ArgumentGroup | argparse.ArgumentParser"
 LAYOUT_OPTIONS = (
@@ -294,7 +294,7 @@ def _add_replicated(parser: Options) -> None:
 
 
 def _add_layout_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("layout of a Megatron target (sizes are 1 if left out)")
+    group = parser.add_argument_group("layout of a Megatron target (sizes are 1 unless said)")
     for short, long, meaning in _SIZES:
         group.add_argument(short, long, type=int, metavar="N", help=meaning)
     group.add_argument(

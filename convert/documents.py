@@ -10,6 +10,7 @@ import os
 from collections.abc import Mapping
 
 from . import sources
+from .architecture import Architecture
 from .argument_tables import NOTHING
 from .checkpoint import Checkpoint
 from .errors import MTTError
@@ -59,12 +60,17 @@ def special_tokens(
     return {name: config.get(name, value) for name, value in tokens.items()}
 
 
-def generation_config(tokens: Mapping[str, object]) -> dict[str, object]:
-    """`generation_config.json`: the special tokens generation needs.
+def generation_config(
+    tokens: Mapping[str, object], architecture: Architecture | None = None
+) -> dict[str, object]:
+    """`generation_config.json`: the special tokens generation needs, and where texts end.
 
-    Texts are padded with their end where there is no token for it.
+    Texts are padded with their end where there is no token for it. Those of an encoder-decoder may
+    be as long as in training: transformers would stop after 20 tokens.
     """
     ids = dict(tokens)
+    if architecture is not None and architecture.kind == "t5":
+        ids["max_length"] = architecture.max_position_embeddings
     if ids["pad_token_id"] is None and isinstance(ids["eos_token_id"], int):
         ids["pad_token_id"] = ids["eos_token_id"]
     return {name: value for name, value in ids.items() if value is not None}
@@ -78,7 +84,7 @@ def generation_json(checkpoint: Checkpoint, tokens: Mapping[str, object]) -> byt
     """
     path = os.path.join(checkpoint.folder, "generation_config.json")
     if not checkpoint.config or not sources.is_file(path):
-        return document(generation_config(tokens))
+        return document(generation_config(tokens, checkpoint.architecture))
     return sources.read(path)
 
 

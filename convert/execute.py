@@ -140,7 +140,7 @@ class _Entry:
 
 
 def _queue(plan: ConversionPlan, file_by_file: bool) -> deque[_Entry]:
-    """What is to be done, file by file."""
+    """What is to be done, file by file: in the order of the plan, or the longest work first."""
     together = {} if file_by_file else _together(plan)
     bundle = {file.name: number for number, file in enumerate(plan.files)}
     for unit in together.values():
@@ -156,7 +156,14 @@ def _queue(plan: ConversionPlan, file_by_file: bool) -> deque[_Entry]:
             if unit[0][1] is tensor:
                 units.append(unit)
         entries.append(_Entry(units, bundle[file.name]))
-    return entries
+    if file_by_file:
+        return entries
+    # The largest tensors early: one that is left to the end keeps one worker alone.
+    return deque(sorted(entries, key=lambda entry: -max(map(_size, entry.units), default=0)))
+
+
+def _size(unit: Unit) -> int:
+    return sum(tensor.num_bytes for _, tensor in unit)
 
 
 def _together(plan: ConversionPlan) -> dict[tuple[str, str], Unit]:

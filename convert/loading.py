@@ -157,7 +157,8 @@ def from_megatron(
     model.tie_weights(recompute_mapping=False)
     if distributed:
         model.to(device)  # buffers
-    model.generation_config = GenerationConfig(**generation_config(conversion.tokens))
+    generation = generation_config(conversion.tokens, checkpoint.architecture)
+    model.generation_config = GenerationConfig(**generation)
     loaded: MTTForCausalLM | MTTForConditionalGeneration = model.eval()
     return loaded
 
@@ -190,6 +191,7 @@ def _bert(
     from accelerate import init_empty_weights
     from transformers import MegatronBertConfig
 
+    _check_keywords(kwargs, MegatronBertConfig)
     fields = {**conversion.config, **conversion.tokens, "dtype": conversion.dtype, **kwargs}
     config = MegatronBertConfig(**fields)
     with init_empty_weights(include_buffers=False):

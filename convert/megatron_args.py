@@ -233,7 +233,8 @@ def layout_arguments(a: Architecture, target: Target, rank: int) -> dict[str, ob
 
 def carried_arguments(args: Mapping[str, object]) -> dict[str, object]:
     """Arguments of a source that hold for its copy too: plain, and not about the model."""
-    described = {*SETTINGS, *RENAMED, *FOREIGN, OWN}
+    # What says something of a BERT alone has a value in every checkpoint, and none is written.
+    described = {*SETTINGS, *RENAMED, *FOREIGN, OWN} - {"bert_binary_head"}
     return {
         name: value
         for name, value in args.items()

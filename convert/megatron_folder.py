@@ -84,7 +84,7 @@ def plan_conversion(
     Args:
         checkpoint: an open checkpoint.
         to: `torch` or `torch_dist`.
-        tp, pp, vpp, ep, etp: parallel sizes.
+        tp, pp, vpp, ep, etp: parallel sizes; without `etp` experts are divided like the rest.
         pipeline_model_parallel_layout: Megatron's string for a custom pipeline.
         transformer_impl: `transformer_engine` or `local`; None keeps the source's.
         make_vocab_size_divisible_by: None keeps the source's, or is 128.
@@ -195,6 +195,13 @@ def _check_choices(transformer_impl: str | None, divisor: int | None) -> None:
 def _check_parts(a: Architecture, layout: Layout, to: str, impl: str) -> None:
     """Raise for an expert that is divided otherwise than Megatron can, or down projections."""
     etp, tp = layout.etp, layout.tp
+    if a.num_experts is not None and a.add_bias_linear:
+        raise UnsupportedError(
+            "Megatron-Core's router has a bias where linear layers have one; nothing was written",
+            found="experts with add_bias_linear = True, and a router without a bias",
+            expected="linear layers without biases",
+            fix="convert it with --to hf, which can represent it",
+        )
     if etp is not None and a.num_experts is None and etp not in (1, tp):
         raise UsageError(
             "a dense model has no experts to divide",
@@ -229,9 +236,6 @@ def _grouped_gemm(checkpoint: Checkpoint, impl: str) -> dict[str, bool]:
     named = checkpoint.args.get("moe_grouped_gemm")
     is_grouped = named if isinstance(named, bool) else impl != "local"
     is_legacy = checkpoint.args.get("moe_use_legacy_grouped_gemm") is True
-    if checkpoint.architecture.add_bias_linear:
-        is_legacy = False  # it has no biases
-        is_grouped &= impl != "local"
     return {"grouped_gemm": is_grouped, "legacy_grouped_gemm": is_grouped and is_legacy}
 
 

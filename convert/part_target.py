@@ -165,14 +165,16 @@ class PartSink:
         plan = {"schema": _SCHEMA, "parts": self._part.count, "work": self._work}
         if not os.path.isdir(self._state):
             self._begin(plan)
-        with open(os.path.join(self._state, _PLAN), "rb") as file:
+        there: Any = None
+        with open(os.path.join(self._state, _PLAN), "rb") as file, contextlib.suppress(ValueError):
             there = json.load(file)
         if there != plan:
+            known = there if isinstance(there, dict) else {}
             raise UsageError(
                 f"part {self._part} does not belong to the parts that are in {self.folder}",
                 found=f"{self._part.count} parts"
-                + ("" if there.get("work") == self._work else " of another source or options"),
-                expected=f"{there.get('parts')} parts, as those before",
+                + ("" if known.get("work") == self._work else " of another source or options"),
+                expected=f"{known.get('parts', 'other')} parts, as those before",
                 fix="give all parts the same command; to begin again, remove the folder first",
             )
         if os.path.lexists(os.path.join(self.folder, LOCK)):
@@ -189,6 +191,8 @@ class PartSink:
         try:
             with open(os.path.join(beginning, _PLAN), "wb") as file:
                 file.write(document(plan))
+                file.flush()
+                os.fsync(file.fileno())
             try:
                 os.rename(beginning, self._state)
             except OSError:

@@ -35,6 +35,7 @@ _FC1, _FC2 = "mlp.linear_fc1", "mlp.linear_fc2"
 _EMBEDDING, _POSITIONS = "embedding.word_embeddings", "embedding.position_embeddings"
 _OTHER_MODELS = {
     "mlp.router.": "mixture of experts",
+    "enorm.": "layers that predict further tokens",
     "cross_attention.": "an encoder beside the decoder: T5",
     "self_attention.linear_kv_down_proj.": "multi-latent attention",
     "mixer.": "Mamba layers",
@@ -111,9 +112,10 @@ def _layers(shapes: Shapes) -> list[dict[str, tuple[int, ...]]]:
         for part, meaning in _OTHER_MODELS.items():
             if f".{part}" in name:
                 raise UnsupportedError(
-                    "the model computes something that mtt cannot represent",
+                    "shapes alone do not say what this model computes",
                     found=f"{name}: {meaning}",
-                    expected="a plain GPT",
+                    expected="the arguments it was trained with: only a plain GPT is told without",
+                    fix="give the checkpoint as it was saved, with args in its files",
                 )
         if hit := _LAYER.fullmatch(name):
             found.setdefault(int(hit[1]), {})[hit[2]] = tuple(shape)

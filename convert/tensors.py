@@ -263,6 +263,12 @@ class Scaled:
 Source: TypeAlias = str | Combined | Scaled
 
 
+def stored_bytes(tensor: LazyTensor) -> int:
+    """Bytes of the elements as they stand in files, scales not counted."""
+    in_eight_bits = any(isinstance(piece.path, Scaled) for piece in tensor.pieces)
+    return tensor.num_elements if in_eight_bits else tensor.num_bytes
+
+
 def scaled(
     values: LazyTensor, scales: LazyTensor, block: tuple[int, int], dtype: DType
 ) -> LazyTensor:

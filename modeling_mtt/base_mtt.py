@@ -59,9 +59,13 @@ class MTTPreTrainedModel(PreTrainedModel):
         ],
         "router_logits": OutputRecorder(MTTRouter, index=0),
     }
-    _keep_in_fp32_modules_strict = ["e_score_correction_bias"]
     # Heads that a configuration without them leaves out.
     _keys_to_ignore_on_load_unexpected = [r"(^|\.)mtp\.layers\."]
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        if getattr(config, "use_expert_bias", False):
+            self._keep_in_fp32_modules_strict = ["e_score_correction_bias"]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -82,7 +86,7 @@ class MTTPreTrainedModel(PreTrainedModel):
     # transformers looks for the experts in the file of the model.
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
-        return True
+        return hasattr(cls.config_class, "num_experts")
 
     def _check_and_adjust_attn_implementation(
         self, attn_implementation: str | None, *args: Any, **kwargs: Any

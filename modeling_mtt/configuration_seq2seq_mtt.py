@@ -150,8 +150,6 @@ class MTTSeq2SeqConfig(PreTrainedConfig):
         "shared": "embedding_rowwise",
         "encoder.embed_tokens": "embedding_rowwise",
         "decoder.embed_tokens": "embedding_rowwise",
-        "encoder.relative_attention_bias": "replicated_with_grad_allreduce",
-        "decoder.relative_attention_bias": "replicated_with_grad_allreduce",
         **{f"encoder.layers.*.{name}": style for name, style in _LAYER.items()},
         **{
             f"decoder.layers.*.{name}": style for name, style in (_LAYER | _CROSS_ATTENTION).items()
@@ -208,8 +206,6 @@ class MTTSeq2SeqConfig(PreTrainedConfig):
             absent.add("gate_proj")
         if not self.use_qk_norm:
             absent |= {"q_norm", "k_norm"}
-        if self.position_embedding_type != "relative":
-            absent.add("relative_attention_bias")
         # transformers warns about rules that match nothing.
         self.base_model_tp_plan = {
             name: style

@@ -47,7 +47,7 @@ from .modeling_mtt import (  # type: ignore[attr-defined]
     slice_logits_to_keep,
 )
 from .norms_mtt import build_norm
-from .parallel_mtt import share_random_state
+from .parallel_mtt import share_of_heads, share_random_state
 from .positions_mtt import MTTRotaryEmbedding, rotation_of_heads
 from .relative_mtt import MTTRelativePositionBias
 
@@ -61,23 +61,6 @@ class MTTSeq2SeqSelfAttention(MTTAttention):
     def __init__(self, config: MTTSeq2SeqConfig, layer_idx: int, is_causal: bool) -> None:
         super().__init__(config, layer_idx)
         self.is_causal = is_causal
-
-    def forward(
-        self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Attend; `position_bias` is `[1, heads, queries, keys]`, of the heads of all processes."""
-        if kwargs.get("position_bias") is not None:
-            kwargs["position_bias"] = self._own_heads(kwargs["position_bias"], len(hidden_states))
-        return super().forward(hidden_states, *args, **kwargs)
-
-    def _own_heads(self, position_bias: torch.Tensor, batch_size: int) -> torch.Tensor:
-        weight: Any = self.q_proj.weight
-        if hasattr(weight, "device_mesh"):
-            # Tensor parallelism gives each process the heads of its rows of the query projection.
-            num_heads = weight.to_local().shape[0] // self.head_dim
-            start = weight.device_mesh.get_local_rank() * num_heads
-            position_bias = position_bias[:, start : start + num_heads]
-        return position_bias.expand(batch_size, -1, -1, -1)
 
 
 class MTTCrossAttention(MTTAttention):
@@ -223,6 +206,13 @@ class MTTSeq2SeqPreTrainedModel(MTTPreTrainedModel):
     # What vLLM and SGLang ask for: neither has encoder-decoders.
     _supports_attention_backend = False
     _can_record_outputs: dict[str, Any] = {}
+    # There are no experts, and no heads that predict further tokens.
+    _keep_in_fp32_modules_strict: list[str] = []
+    _keys_to_ignore_on_load_unexpected: list[str] = []
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return False
 
     def _check_and_adjust_attn_implementation(
         self, attn_implementation: str | None, *args: Any, **kwargs: Any
@@ -330,6 +320,9 @@ class MTTSeq2SeqStack(MTTSeq2SeqPreTrainedModel):
             num_keys = num_tokens if cache is None else cache.get_mask_sizes(num_tokens, 0)[0]
             keys = torch.arange(num_keys, device=positions.device)
             bias = self.relative_attention_bias(keys - positions[:, None])
+            first: Any = self.layers[0]
+            bias = share_of_heads(bias, first.self_attn.q_proj.weight)
+            bias = bias.expand(len(inputs_embeds), -1, -1, -1)
         if self.rotary_emb is not None:
             cos, sin = self.rotary_emb(hidden_states, position_ids=positions.unsqueeze(0))
             rotation = rotation_of_heads(cos, sin, self.config.rope_interleave)

@@ -330,6 +330,21 @@ class _SumGradients(torch.autograd.Function):
         return gradient, None
 
 
+def share_of_heads(values: torch.Tensor, query_weight: Any) -> torch.Tensor:
+    """Return what belongs to the query heads of this process, all of it where there is one.
+
+    Args:
+        values (`torch.Tensor`): the same on every process, `[batch or 1, heads, ...]`; its
+            gradient becomes the sum of those of all processes.
+        query_weight (`torch.Tensor`): the query projection's, which tensor parallelism has cut.
+    """
+    if not isinstance(query_weight, DTensor):
+        return values
+    mesh = query_weight.device_mesh
+    values = _SumGradients.apply(values, mesh.get_group())
+    return values.chunk(mesh.size(), dim=1)[mesh.get_local_rank()]
+
+
 def gather_stages(state_dict: dict[str, Any], stage: Any) -> dict[str, Any]:
     """Collect the weights of all pipeline stages, in the order of the layers, on the first.
 

@@ -21,6 +21,8 @@ _NOT_YET = (
         r"|.*\.mlp\.(local_experts|deepspeed_moe)\..*",
         "a mixture of experts from before Megatron-Core 0.5",
     ),
+    (r".*\.mlp\.router\.bias", "a router with a bias"),
+    (r".*\.linear_qkv_down_proj\..*", "latent attention with one down projection"),
 )
 DIALECTS: tuple[Dialect, ...] = (
     core_te.DIALECT,
@@ -50,7 +52,7 @@ def detect(names: Iterable[str]) -> Dialect:
             raise UnsupportedError(
                 f"the checkpoint has parameters of {kind}; mtt cannot convert those yet",
                 found=shorten(named, 4),
-                expected="a dense GPT or a T5",
+                expected="a GPT or a T5",
             )
     dialect = max(DIALECTS, key=lambda dialect: dialect.known(names))
     if not dialect.known(names):

@@ -17,6 +17,7 @@ from .modules import Modules
 
 LAYER, MTP_LAYER = "decoder.layers.{i}.", "mtp.layers.{i}.transformer_layer."
 ENCODER_LAYER = "encoder.layers.{i}."
+_NEWER_MTP_LAYER = "mtp.layers.{i}.mtp_model_layer."
 ROUTER = f"{LAYER}mlp.router.weight"
 LATENT = f"{LAYER}self_attention.linear_kv_down_proj.weight"
 NORM_1 = f"{LAYER}self_attention.linear_qkv.layer_norm_{{p}}"
@@ -42,6 +43,14 @@ def with_mtp(*rules: Rule) -> Iterator[Rule]:
             if (text := getattr(rule, name)) is not None
         }
         yield replace(rule, **texts)
+        # What core_v0.18 and later call that layer in `torch` checkpoints; distributed ones keep
+        # the old name.
+        newer = {
+            name: text.replace(MTP_LAYER, _NEWER_MTP_LAYER)
+            for name, text in texts.items()
+            if name != "target"
+        }
+        yield replace(rule, **{**texts, **newer}, one_way=True)
     yield from _same("mtp.layers.{i}.final_layernorm.{p}")
 
 

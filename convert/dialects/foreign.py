@@ -46,8 +46,8 @@ _TABLE = (
     (r".*\.fc[12]_latent_proj\..*", "experts in a latent space"),
     (r"decoder\.final_norm\..*", "a hybrid of layers that differ from each other"),
 )
-_LAYER = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks)\.(\d+)\.")
-_OF_STACK = re.compile(r"(?:^|(?:^|\.)(?:decoder|encoder|transformer)\.)layers\.(\d+)\.")
+_LAYER = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks)\.(\d{1,7})\.")
+_OF_STACK = re.compile(r"(?:^|(?:^|\.)(?:decoder|encoder|transformer)\.)layers\.(\d{1,7})\.")
 _PATTERNS = ("hybrid_override_pattern", "hybrid_layer_pattern")
 _MOST_NAMED = 12
 

@@ -20,8 +20,9 @@ from math import prod
 from .. import sources
 from ..boxes import Ints, tiles
 from ..errors import CorruptError, IncompleteError, UnsupportedError
-from ..tensors import LazyTensor, Piece
-from .pickles import Record, load_pickle
+from ..tensors import LazyTensor, Piece, stored_bytes
+from . import float8
+from .pickles import Record, Stub, load_pickle
 from .torch_zip import load
 from .values import records, sizes
 
@@ -131,7 +132,9 @@ class DistributedCheckpoint:
     def _chunk(self, name: str, start: Ints, extent: Ints) -> LazyTensor:
         path, offset, length = self._place(name, start)
         part = load(path, offset, length)
-        if not isinstance(part, LazyTensor) or part.shape != extent or part.num_bytes > length:
+        if isinstance(part, Stub):
+            part = float8.weight_of(part, name, os.path.basename(path)) or part
+        if not isinstance(part, LazyTensor) or part.shape != extent or stored_bytes(part) > length:
             raise CorruptError(
                 f"{os.path.basename(path)} holds something else at {offset} than .metadata says",
                 found=str(list(part.shape))

@@ -101,8 +101,9 @@ def open_folder(place: Place, skip_keys: frozenset[str] = frozenset()) -> RawChe
     sizes = _sizes(args, files)
     ranks = {file.folder: _coordinates(file, sizes) for file in files}
     _check_grid(place, ranks, sizes)
-    places = sorted((pp, tp, folder) for folder, (tp, pp, ep) in ranks.items() if ep == 0)
-    check_ranks_rise([(folder, arguments[folder]) for _, _, folder in places])
+    order = {rank: number for number, rank in enumerate(needed_ranks(sizes))}
+    places = sorted((order[rank], folder) for folder, rank in ranks.items() if rank in order)
+    check_ranks_rise([(folder, arguments[folder]) for _, folder in places])
     stamp = version(first, files[0].path, missing=0.0)
     shards = []
     for file in files:

@@ -232,6 +232,19 @@ def test_two_workers_begin_with_files_that_are_not_written_together(matrices: Pa
     assert sorted(first.values()) == ["0.0", "1.0"]
 
 
+def test_the_largest_tensor_is_not_left_to_the_end(matrices: Path) -> None:
+    sizes = {"small": 5, "large": 100, "middle": 20}
+    files = tuple(
+        PlannedFile(name, (), (PlannedTensor("t", matrix(matrices, 0).narrow(0, 0, n), INT32, 0),))
+        for name, n in sizes.items()
+    )
+    sink = Sink()
+    execute.run(ConversionPlan(files, {}, ()), sink)
+    assert sink.order == ["large", "middle", "small"]
+    execute.run(ConversionPlan(files, {}, ()), sink := Sink(), file_by_file=True)
+    assert sink.order == list(sizes)
+
+
 @pytest.mark.parametrize("num_workers", [1, 3])
 @pytest.mark.parametrize("num_cores", [1, 8], ids=["", "ahead"])
 def test_a_failing_sink_ends_all_workers(

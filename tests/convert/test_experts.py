@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import shutil
+from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
@@ -10,16 +12,24 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import torch.distributed.checkpoint as dcp
 
 from mtt_convert import convert, diff, open_checkpoint
 from mtt_convert import experts as experts_module
 from mtt_convert.checkpoint import Shard
 from mtt_convert.dtypes import DTYPES
-from mtt_convert.errors import CorruptError, IncompleteError, InconsistentError
+from mtt_convert.errors import (
+    CorruptError,
+    IncompleteError,
+    InconsistentError,
+    LayoutError,
+    UnsupportedError,
+)
 from mtt_convert.experts import GROUPED, SEQUENTIAL, TE_GROUPED, numbered, spelled
 from mtt_convert.logits import compare_logits
 from mtt_convert.tensors import LazyTensor, zeros
-from tests.convert.surgery import copy_of, edited
+from tests.convert.surgery import copy_of, edited, megatron_modules
 
 from .test_row_order import elements, stored
 
@@ -253,3 +263,176 @@ def test_two_numbers_of_a_folder_are_told_by_the_arguments(golden: Golden, tmp_p
         ]
         assert str(open_checkpoint(root).layout) == layout
         assert diff(source, root).differences == ()
+
+
+def test_wider_experts_than_layers_need_a_format_without_ranks(
+    golden: Golden, tmp_path: Path
+) -> None:
+    source = golden("mcore/mixtral/ep2/torch")
+    with pytest.raises(LayoutError, match="would write the same file"):
+        convert(source, tmp_path / "torch", to="torch", tp=1, ep=2, etp=2)
+    convert(source, tmp_path / "dist", to="torch_dist", tp=1, ep=2, etp=2)
+    assert diff(source, tmp_path / "dist").differences == ()
+    assert open_checkpoint(tmp_path / "dist").args["world_size"] == 4
+
+
+def test_the_bias_of_experts_stays_in_float32(golden: Golden, tmp_path: Path) -> None:
+    """Whatever the others are cast to, in Megatron's checkpoints and Hugging Face's folders."""
+    source = golden("mcore/moe_mixed/ep2/torch")
+    for to in ("torch", "torch_dist", "hf"):
+        convert(source, tmp_path / to, to=to, dtype="bfloat16", tokenizer="none")
+        tensors = open_checkpoint(tmp_path / to).tensors
+        kinds = {
+            name.endswith(".expert_bias"): tensor.dtype.name for name, tensor in tensors.items()
+        }
+        assert kinds == {True: "float32", False: "bfloat16"}, to
+
+
+def test_a_newer_name_of_the_layer_for_further_tokens(golden: Golden, tmp_path: Path) -> None:
+    """core_v0.18 calls it `mtp_model_layer` in `torch` checkpoints."""
+    source = copy_of(golden, "mcore/mtp/tp2pp2/torch", tmp_path)
+    for path in source.rglob("mp_rank_*_001/model_optim_rng.pt"):
+        with edited(path) as content:
+            model = content["model"]
+            for name in [name for name in model if ".transformer_layer." in name]:
+                newer = name.replace(".transformer_layer.", ".mtp_model_layer.")
+                model[newer] = model.pop(name)
+    assert diff(golden("mcore/mtp/tp2pp2/torch"), source).differences == ()
+
+
+def test_copies_of_the_embedding_for_further_tokens_are_compared(
+    golden: Golden, tmp_path: Path
+) -> None:
+    """The last stage looks tokens up again, and must have the same table."""
+    source = copy_of(golden, "mcore/mtp/tp2pp2/torch", tmp_path)
+    with edited(next(source.rglob("mp_rank_01_001/model_optim_rng.pt"))) as content:
+        content["model"]["embedding.word_embeddings.weight"][3, 5] += 1
+    with pytest.raises(InconsistentError, match=r"copies of embedding.word_embeddings.weight"):
+        convert(source, tmp_path / "out", tokenizer="none")
+
+
+def test_dense_weights_that_differ_between_expert_ranks(golden: Golden, tmp_path: Path) -> None:
+    source = copy_of(golden, "mcore/mixtral/ep2/torch", tmp_path)
+    name = "decoder.layers.1.mlp.router.weight"
+    with edited(next(source.rglob("mp_rank_00_001/model_optim_rng.pt"))) as content:
+        content["model"][name][0, 0] += 1
+    with pytest.raises(InconsistentError, match=f"copies of {name}"):
+        convert(source, tmp_path / "out", tokenizer="none")
+
+
+def test_swapped_files_of_expert_ranks(golden: Golden, tmp_path: Path) -> None:
+    source = copy_of(golden, "mcore/mixtral/ep2/torch", tmp_path)
+    first, second = sorted(source.rglob("mp_rank_*"))
+    first.rename(source / "first")
+    second.rename(first)
+    (source / "first").rename(second)
+    with pytest.raises(InconsistentError, match="holds the file of another rank"):
+        open_checkpoint(source)
+
+
+def test_experts_that_are_older_than_megatron_core_are_named(
+    golden: Golden, tmp_path: Path
+) -> None:
+    source = copy_of(golden, "mcore/mixtral/ep2/torch", tmp_path)
+    for path in source.rglob("model_optim_rng.pt"):
+        with edited(path) as content:
+            model = content["model"]
+            for name in [name for name in model if ".experts.local_experts." in name]:
+                model[name.replace(".experts.local_experts.", ".local_experts.")] = model.pop(name)
+    with pytest.raises(UnsupportedError, match="experts from before Megatron-Core"):
+        open_checkpoint(source)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("kind", ["torch_dcp", "fsdp_dtensor"])
+def test_experts_of_fsdp(kind: str, golden: Golden, tmp_path: Path) -> None:
+    """Saved by torch itself under the names of handle_experts_in_state_dict and, for Megatron-FSDP,
+    handle_swiglu_in_state_dict (core/transformer/fsdp_dtensor_checkpoint.py, 0.16.1)."""
+    source = golden("mcore-te/mixtral/grouped_ep2/torch")
+    entries: dict[str, object] = {"iteration": 10, "checkpoint_version": 3.0}
+    for rank, path in enumerate(sorted(source.rglob("model_optim_rng.pt"))):
+        with megatron_modules():
+            content = torch.load(path, weights_only=False)
+        args = {n: v for n, v in vars(content["args"]).items() if is_plain(v)}
+        entries["args"] = Namespace(**args)
+        for name, tensor in content["model"].items():
+            if name.endswith("_extra_state"):
+                continue
+            if hit := re.fullmatch(r"(.+\.experts\.linear_fc[12]\.weight)(\d+)", name):
+                name = f"{hit[1]}{int(hit[2]) + 2 * rank}"
+            if kind == "torch_dcp":
+                entries[f"model.{name}"] = tensor.clone()
+            elif "linear_fc1.weight" in name:
+                gate, up = tensor.chunk(2)
+                entries |= {f"model.module.{name}_w": gate.clone()}
+                entries |= {f"model.module.{name}_v": up.clone()}
+            else:
+                entries[f"model.module.{name}"] = tensor.clone()
+    folder = tmp_path / "out" / "iter_0000010"
+    folder.mkdir(parents=True)
+    (tmp_path / "out" / "latest_checkpointed_iteration.txt").write_text("10")
+    dcp.save(entries, checkpoint_id=folder, no_dist=True)
+    assert open_checkpoint(tmp_path / "out").format == kind
+    assert diff(source, tmp_path / "out").differences == ()
+
+
+def is_plain(value: object) -> bool:
+    return value is None or isinstance(value, (bool, int, float, str, list))
+
+
+def test_experts_with_biases_go_to_hugging_face_only(golden: Golden, tmp_path: Path) -> None:
+    """Megatron-Core's router has a bias then, since 0.15, and these checkpoints have none."""
+    source = copy_of(golden, "mcore/mixtral/ep2/torch", tmp_path)
+    for path in source.rglob("model_optim_rng.pt"):
+        with edited(path) as content:
+            content["args"].add_bias_linear = True
+            model = content["model"]
+            for name in [n for n in model if n.endswith(("fc1.weight", "fc2.weight"))]:
+                model[name.replace("weight", "bias")] = torch.randn(len(model[name]))
+            for name in [n for n in model if n.endswith(("qkv.weight", "proj.weight"))]:
+                model[name.replace("weight", "bias")] = torch.randn(len(model[name]))
+    # Both ranks have the same attention.
+    ranks = sorted(source.rglob("model_optim_rng.pt"))
+    with edited(ranks[0]) as first, edited(ranks[1]) as second:
+        for name, tensor in first["model"].items():
+            if ".self_attention." in name and name.endswith(".bias"):
+                second["model"][name] = tensor
+    convert(source, tmp_path / "hf", tokenizer="none")
+    assert diff(source, tmp_path / "hf").differences == ()
+    with pytest.raises(UnsupportedError, match="router has a bias"):
+        convert(tmp_path / "hf", tmp_path / "torch", to="torch", tokenizer="none")
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("mlp.router.bias", "a router with a bias"),
+        ("self_attention.linear_qkv_down_proj.weight", "one down projection"),
+        ("mlp.deepspeed_moe.gate.wg.weight", "from before Megatron-Core"),
+    ],
+)
+def test_layers_that_are_refused_by_name(
+    name: str, kind: str, golden: Golden, tmp_path: Path
+) -> None:
+    source = copy_of(golden, "mcore/mixtral/ep2/torch", tmp_path)
+    for path in source.rglob("model_optim_rng.pt"):
+        with edited(path) as content:
+            content["model"][f"decoder.layers.1.{name}"] = torch.zeros(4, 4)
+    with pytest.raises(UnsupportedError, match=kind) as caught:
+        open_checkpoint(source)
+    assert name in str(caught.value.found)
+
+
+def test_experts_without_arguments(golden: Golden, tmp_path: Path) -> None:
+    source = copy_of(golden, "mcore/moe_mixed/ep2/torch", tmp_path)
+    shutil.rmtree(next(source.rglob("mp_rank_00_001")))
+    path = next(source.rglob("model_optim_rng.pt"))
+    path.parent.rename(path.parents[1] / "mp_rank_00")
+    with edited(next(source.rglob("model_optim_rng.pt"))) as content:
+        del content["args"]
+        model = content["model"]
+        for name in [name for name in model if "router" in name]:
+            model[name] = model[name][:2]
+    with pytest.raises(UnsupportedError, match="shapes alone do not say") as caught:
+        open_checkpoint(source)
+    assert "mixture of experts" in str(caught.value.found)

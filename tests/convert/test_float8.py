@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copyreg
+import io
 import json
 import sys
 from collections.abc import Callable
@@ -26,10 +27,12 @@ from tests.convert.families.natives import case
 from tests.convert.surgery import (
     PLACEHOLDER,
     TORCH,
+    TORCH_DIST,
     Golden,
     build,
     copy_of,
     edited,
+    edited_metadata,
     megatron_modules,
     named,
     plant_in,
@@ -269,6 +272,32 @@ def test_the_model_is_the_same_but_for_its_rounding(golden: Golden, tmp_path: Pa
     assert 1e-3 < difference < 5
     mtt_convert.convert(root, tmp_path / "out", to="torch_dist", tp=2)
     assert mtt_convert.diff(root, tmp_path / "out").differences == ()
+
+
+def chunks_replaced(root: Path, name: str, make: Callable[[torch.Tensor], object]) -> None:
+    """Chunks of a tensor of a distributed checkpoint, saved anew at the end of their files."""
+    with edited_metadata(root) as metadata:
+        for index, place in metadata.storage_data.items():
+            if index.fqn != name:
+                continue
+            path = root / "iter_0000010" / place.relative_path
+            data = path.read_bytes()
+            saved = io.BytesIO(data[place.offset : place.offset + place.length])
+            file = io.BytesIO()
+            torch.save(make(torch.load(saved)), file)
+            place.offset, place.length = len(data), len(file.getvalue())
+            path.write_bytes(data + file.getvalue())
+
+
+def test_chunks_of_a_distributed_checkpoint(golden: Golden, tmp_path: Path) -> None:
+    """As FSDP2 saves parameters that are in FP8 themselves."""
+    name = "decoder.layers.self_attention.linear_proj.weight"
+    for number, folder in enumerate(("fp8", "plain")):
+        root = copy_of(golden, TORCH_DIST, tmp_path / folder)
+        chunks_replaced(root, name, lambda weight, n=number: whole(weight, "2.8")[n])
+        mtt_convert.convert(root, tmp_path / f"{folder}-hf", tokenizer="none")
+    first, second = (tmp_path / f"{n}-hf" / "model.safetensors" for n in ("fp8", "plain"))
+    assert first.read_bytes() == second.read_bytes()
 
 
 # ---- what is refused

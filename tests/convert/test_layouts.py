@@ -114,3 +114,72 @@ def test_more_tensor_ranks_than_query_groups():
     assert len(plan_stages(model(num_query_groups=2), Layout(tp=8))) == 1
     with pytest.raises(LayoutError):
         plan_stages(model(num_query_groups=1, kv_channels=1), Layout(tp=8))
+
+
+def sparse(**fields) -> Architecture:
+    return model(
+        **{
+            "num_layers": 2,
+            "num_experts": 8,
+            "moe_ffn_hidden_size": 48,
+            "moe_layer_pattern": (0, 1),
+            "moe_shared_expert_intermediate_size": 64,
+            **fields,
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    ("fields", "layout", "expected"),
+    [
+        ({}, Layout(ep=3), "a size that divides them: 1, 2, 4, 8"),
+        ({}, Layout(ep=16), "a size that divides them: 1, 2, 4, 8"),
+        ({}, Layout(ep=0), "at least 1"),
+        ({}, Layout(etp=5), "a size that divides it: 1, 2, 3, 4, 6, 8"),
+        ({"moe_ffn_hidden_size": 50}, Layout(tp=4), "a size that divides it: 1, 2, 5, 10"),
+        (
+            {"moe_shared_expert_intermediate_size": 66},
+            Layout(tp=4),
+            "a size that divides them: 1, 2",
+        ),
+    ],
+)
+def test_experts_that_cannot_be_divided(fields, layout, expected):
+    with pytest.raises(LayoutError) as refusal:
+        plan_stages(sparse(**fields), layout)
+    assert refusal.value.expected.startswith(expected)
+
+
+def test_experts_need_not_be_divided_like_the_rest():
+    a = sparse(moe_ffn_hidden_size=50)
+    assert held(plan_stages(a, Layout(tp=4, ep=8, etp=1))) == {(0, 0): [0, 1]}
+    # No dense layer: the width of a dense MLP does not matter.
+    assert plan_stages(sparse(ffn_hidden_size=161, moe_layer_pattern=(1, 1)), Layout(tp=2))
+
+
+def test_latent_attention_has_no_query_groups_to_divide():
+    a = model(
+        multi_latent_attention=True,
+        num_query_groups=8,
+        position_embedding_type="rope",
+        kv_lora_rank=5,
+        qk_head_dim=5,
+        qk_pos_emb_head_dim=2,
+        kv_channels=7,
+        v_head_dim=3,
+    )
+    assert plan_stages(a, Layout(tp=8))
+    with pytest.raises(LayoutError, match="8 heads, an MLP of 160"):
+        plan_stages(a, Layout(tp=3))
+
+
+@pytest.mark.parametrize("text", ["Et*6|t*6mL", "Ettttt|t*7mL"])
+def test_layers_that_predict_further_tokens_are_letters_too(text):
+    (first, last) = plan_stages(model(mtp_num_layers=1), Layout(pp=2), text)
+    assert len(first.layers) + len(last.layers) == 12
+
+
+@pytest.mark.parametrize("text", ["Et*6|t*6L", "Et*6m|t*6L", "Et*6|t*6mmL", "Et*6|mt*6L"])
+def test_they_stand_before_the_loss(text):
+    with pytest.raises(LayoutError, match="m for every one that predicts further tokens"):
+        plan_stages(model(mtp_num_layers=1), Layout(pp=2), text)

@@ -154,6 +154,12 @@ def test_shares_are_a_partition_in_balance(sizes: list[int], count: int) -> None
     assert max(loads) - min(loads) <= max(sizes, default=0)
 
 
+def test_the_largest_files_are_dealt_first() -> None:
+    """So that small ones even out what is left."""
+    assert shares("abcde", [1, 1, 1, 1, 4], 2) == (("e",), ("a", "b", "c", "d"))
+    assert shares("abc", [5, 5, 5], 3) == (("a",), ("b",), ("c",))
+
+
 def test_the_share_is_the_same_in_every_process() -> None:
     """Whatever hashes Python's sets by: all see the same files for a part."""
     answers = []
@@ -317,6 +323,7 @@ def _begun(out: Path) -> dict[str, bytes] | None:
         {"part": "2/3", "dtype": "float16"},
         {"part": "2/3", "max_shard_size": "200KB"},
         {"part": "2/3", "tokenizer": "none"},
+        {"part": "2/3", "overrides": {"attention_dropout": 0.25}},
         {"part": "2/3", "hash_name": "sha256"},
         {"part": "2/3", "replicated": "first"},
         {"part": "2/3", **TARGETS["torch"]},
@@ -656,6 +663,14 @@ def test_damaged_notes_of_a_part(
     assert convert(out, "2/2").num_complete == 1
     assert convert(out, "1/2", resume=True).whole
     assert contents(out) == expected["hf"]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", "3"])
+def test_a_damaged_plan_of_the_parts(text: str, out: Path) -> None:
+    convert(out, "1/2")
+    (out / NOTES / "plan.json").write_text(text)
+    with pytest.raises(UsageError, match="does not belong to the parts"):
+        convert(out, "2/2")
 
 
 def test_a_note_that_was_replaced_while_it_was_read(

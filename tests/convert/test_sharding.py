@@ -94,6 +94,20 @@ def test_tensor_parallel(golden, tmp_path):
 
 
 @pytest.mark.slow
+def test_experts_and_latents_in_parts(golden, tmp_path):
+    """Gate and up of an expert are one tensor in memory: each process has its part of both."""
+    sources = [
+        golden(name)
+        for name in (
+            "mcore/mixtral/tp2ep2/torch",
+            "mcore/mla/tp2pp1/torch",
+            "mcore/mtp/tp2pp2/torch",
+        )
+    ]
+    load_on(tmp_path, 2, 1, *sources)
+
+
+@pytest.mark.slow
 def test_pipeline_stages_and_shared_heads(golden, tmp_path):
     load_on(tmp_path, 1, 2, golden(LLAMA), golden("mcore/gpt/tp2pp2/torch"))
     load_on(tmp_path, 4, 1, golden(LLAMA))

@@ -197,11 +197,12 @@ def test_a_finished_conversion_is_not_read_again(place: Path) -> None:
         lambda source: {"dtype": "float16"},
         lambda source: {"max_shard_size": "200KB"},
         lambda source: {"tokenizer": "none"},
+        lambda source: {"overrides": {"attention_dropout": 0.25}},
         lambda source: {"hash_name": "sha256"},
         lambda source: {"to": "torch"},
         lambda source: os.utime(next(source.rglob("model_optim_rng.pt")), (1, 1)) or {},
     ],
-    ids=["dtype", "files", "documents", "hash", "format", "time"],
+    ids=["dtype", "files", "tokenizer", "documents", "hash", "format", "time"],
 )
 def test_another_conversion_is_not_resumed(
     change: Callable[[Path], dict[str, Any]], source: Path, place: Path
@@ -288,6 +289,29 @@ def test_resume_by_command(source: Path, place: Path, monkeypatch: pytest.Monkey
     assert run("verify", out)[0] == 0
     code, text, _ = run("convert", source, out, *WORDS, "--resume")
     assert code == 0 and "nothing: it holds just this already" in text
+
+
+def test_death_while_it_removes_what_it_replaced(
+    place: Path, expected: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of the old files are gone: they never come back among the new ones."""
+    out, real = place / "out", shutil.rmtree
+    mtt_convert.convert(SAMPLE, out, max_shard_size="200KB")
+
+    def half(folder: Any, *args: Any, **options: Any) -> None:
+        if os.path.basename(folder).startswith(".mtt.replaced") and os.path.isdir(folder):
+            for name in (MANIFEST, "config.json"):
+                os.unlink(os.path.join(folder, name))
+            raise KeyboardInterrupt
+        real(folder, *args, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", half)
+    with pytest.raises(KeyboardInterrupt):
+        mtt_convert.convert(SAMPLE, out, overwrite=True, **HF)
+    monkeypatch.undo()
+    assert verify(out).problems == ()
+    mtt_convert.convert(SAMPLE, out, overwrite=True, **HF)
+    assert contents(out) == contents(expected["hf"])
 
 
 # A disk that is full, or denies

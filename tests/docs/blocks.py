@@ -8,6 +8,7 @@ A block that cannot run here has a reason in a comment before it, and is parsed 
     ```
 
 Blocks of one page run in order, in one folder. There, `/checkpoints/gpt` is the sample,
+`/checkpoints/t5` the encoder-decoder sample,
 `gpt2-folder` its tokenizer, `llama-folder` a small Llama, `reference.npz` the sample's logits,
 `texts.txt` its texts, and the Hub is the tests' own.
 """
@@ -30,6 +31,7 @@ from mtt_convert.cli import build_parser, main
 
 ROOT = Path(__file__).resolve().parents[2]
 SAMPLE = ROOT / "convert" / "sample"
+SAMPLE_SEQ2SEQ = ROOT / "convert" / "sample_seq2seq"
 SHELL, PYTHON = ("console", "shell", "bash", "sh"), ("python",)
 _FENCE = re.compile(r"^( *)(`{3,})([^\n`]*)\n(.*?)^\1\2 *$", re.MULTILINE | re.DOTALL)
 _MARKER = re.compile(r"<!-- not run: ([^>]+?) -->\s*\Z")
@@ -92,9 +94,10 @@ def furnish(folder: Path) -> None:
     """Put what the pages talk about into a folder."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    shutil.copytree(
-        SAMPLE, folder / "checkpoints" / "gpt", ignore=shutil.ignore_patterns("*.py", "*.md")
-    )
+    for name, sample in (("gpt", SAMPLE), ("t5", SAMPLE_SEQ2SEQ)):
+        shutil.copytree(
+            sample, folder / "checkpoints" / name, ignore=shutil.ignore_patterns("*.py", "*.md")
+        )
     (folder / "gpt2-folder").mkdir()
     for name in ("vocab.json", "merges.txt"):
         shutil.copy(SAMPLE / name, folder / "gpt2-folder")

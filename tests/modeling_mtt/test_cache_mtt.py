@@ -9,8 +9,8 @@ import torch
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from modeling_mtt import cache_mtt
-from modeling_mtt.cache_mtt import MTTDynamicLayer, growing_cache, let_grow
+from modeling_mtt import MTTConfig, cache_mtt
+from modeling_mtt.cache_mtt import MTTDynamicLayer, growing_cache, let_grow, with_own_counts
 
 
 @pytest.fixture(autouse=True)
@@ -151,3 +151,31 @@ def test_a_cache_under_vmap_is_left_alone():
     keys, values = torch.randn(5, 2, 3, 1, 4), torch.randn(5, 2, 3, 1, 4)
     found = torch.func.vmap(lambda k, v: copy.copy(layer).update(k, v)[0])(keys, values)
     assert torch.equal(found, torch.cat([past.expand(5, *past.shape), keys], dim=-2))
+
+
+def test_counts_that_stay():
+    """A static cache counts in place, so that what it told before is another number later."""
+    config = MTTConfig(hidden_size=12, num_attention_heads=3, num_hidden_layers=1)
+    cache = StaticCache(config=config, max_cache_len=8)
+    cache.update(*states(3), 0)
+    told, copied = cache.get_seq_length(), with_own_counts(cache).get_seq_length()
+    assert int(told) == int(copied) == 3
+    cache.update(*states(2), 0)
+    assert int(told) == 5 and int(copied) == 3
+    assert with_own_counts(DynamicCache()).get_seq_length() == 0
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
+@pytest.mark.parametrize("length", [7, 1])
+def test_flex_attention_sees_no_slot_of_a_static_cache(tiny_model, length):
+    """Its mask is computed when it is used, after the cache has counted the new token."""
+    model = tiny_model("gpt", head_dim=16)
+    input_ids = torch.randint(1, 96, (2, length))
+    options = {"max_new_tokens": 5, "do_sample": False, "disable_compile": True}
+    options |= {"return_dict_in_generate": True, "output_logits": True}
+    expected = model.generate(input_ids, **options).logits
+    model.set_attn_implementation("flex_attention")
+    with torch.compiler.set_stance("force_eager"):
+        found = model.generate(input_ids, **options, cache_implementation="static").logits
+    for each, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(each, other, rtol=1e-4, atol=1e-4)

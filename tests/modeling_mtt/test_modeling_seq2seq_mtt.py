@@ -269,6 +269,8 @@ def test_recorded_states():
         "encoder_hidden_states",
         "encoder_attentions",
     ):
-        assert len(found[name]) == len(expected[name]) > 1
+        assert len(found[name]) > 1
+        if not expected[name]:
+            continue  # transformers < 5.23 records no attention of T5
         for ours, theirs in zip(found[name], expected[name], strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)

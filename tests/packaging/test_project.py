@@ -45,7 +45,7 @@ def test_every_folder_of_modules_is_a_declared_package():
     in_tree = {
         ".".join(folder.parts).replace("convert", "mtt_convert", 1)
         for folder in folders
-        if folder.parts[:2] != ("convert", "sample")
+        if not folder.as_posix().startswith("convert/sample")
     }
     assert in_tree == set(PROJECT["tool"]["setuptools"]["packages"])
 
@@ -67,7 +67,7 @@ def test_the_tour_names_every_module():
         for path in (ROOT / top).rglob("*.py")
         if path.name != "__init__.py"
     }
-    assert sorted(named) == sorted(name for name in modules if "/sample/" not in name)
+    assert sorted(named) == sorted(name for name in modules if "/sample" not in name)
 
 
 def test_hub_code_is_flat():
@@ -105,4 +105,4 @@ def test_the_build_works_with_the_lowest_setuptools():
 
 def test_committed_goldens_stay_small():
     sizes = [path.lstat().st_size for path in (ROOT / "tests" / "golden").rglob("*")]
-    assert 0 < sum(sizes) <= 3_600_000
+    assert 0 < sum(sizes) <= 4_000_000

@@ -162,19 +162,28 @@ def test_the_bias_of_experts_stays_float32(family: str, tmp_path: Path) -> None:
     assert {t.dtype for t in load_file(tmp_path / "wide" / WEIGHTS).values()} == {torch.float32}
 
 
-def test_scales_that_the_configuration_is_silent_about(tmp_path: Path) -> None:
-    """DeepSeek's files have blocks of float8 with a scale each; config.json says how large."""
-    experts("deepseek_v3").save(tmp_path)
+def test_fp8_needs_the_size_of_its_blocks(tmp_path: Path) -> None:
+    """DeepSeek's files: blocks of float8 with a scale each, as config.json says."""
+    folder = tmp_path / "fp8"
+    experts("deepseek_v3").save(folder)
     name = "model.layers.0.mlp.up_proj.weight"
 
     def quantise(tensors: dict[str, torch.Tensor]) -> None:
         tensors[name] = tensors[name].to(torch.float8_e4m3fn)
         tensors[f"{name}_scale_inv"] = torch.ones(1, 1)
 
-    rewrite(tmp_path, quantise)
+    rewrite(folder, quantise)
     with pytest.raises(UnsupportedError) as caught:
-        open_checkpoint(tmp_path)
+        open_checkpoint(folder)
     assert f"{name}_scale_inv" in str(caught.value.found)
+    config = json.loads((folder / "config.json").read_text())
+    method = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": method}))
+    assert "1 weights are kept in 8 bits" in open_checkpoint(folder).warnings[0]
+    convert(folder, tmp_path / "mtt", tokenizer="none")
+    weights = load_file(tmp_path / "mtt" / WEIGHTS)
+    kept = load_file(folder / WEIGHTS)[name]
+    assert torch.equal(weights[name], kept.float().to(weights[name].dtype))
 
 
 # ---- layers that predict further tokens
