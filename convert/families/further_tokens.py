@@ -108,6 +108,6 @@ def copies(architecture: Architecture) -> Mapping[str, str]:
 def as_stored(architecture: Architecture, names: Collection[str]) -> Architecture:
     """The architecture without layers that `config.json` announces and no file has."""
     last = max((int(hit[1]) for name in names if (hit := _NUMBER.search(name))), default=0)
-    return (
-        architecture if last >= architecture.num_layers else replace(architecture, mtp_num_layers=0)
-    )
+    if last >= architecture.num_layers:
+        return architecture
+    return replace(architecture, mtp_num_layers=0)

@@ -674,6 +674,13 @@ def test_windows_that_no_layer_types_say(last: int) -> None:
     assert any(a.windowed_layers) == (last > 0)
 
 
+def test_a_window_that_is_switched_off() -> None:
+    """Some published configurations name one all the same."""
+    size = {"sliding_window": 4096}
+    assert read("qwen3_moe", use_sliding_window=False, **size).window_size is None
+    assert read("qwen3_moe", use_sliding_window=True, **size).window_size == (4095, 0)
+
+
 @pytest.mark.parametrize("name", ["deepseek_v3", "glm4_moe"])
 def test_layers_for_further_tokens_under_either_name(name: str) -> None:
     none = {"num_mtp_layers": None, "num_nextn_predict_layers": None}
