@@ -227,7 +227,19 @@ def further_tokens(a: Arguments) -> dict[str, object]:
 
 
 def stored(a: Architecture) -> dict[str, object]:
-    """The arguments that `expert_fields` and `further_tokens` read, those of a dense model too."""
+    """The arguments that `expert_fields` and `further_tokens` read, those of a dense model too.
+
+    Raises:
+        UnsupportedError: a choice that Megatron's TransformerConfig refuses.
+    """
+    after = a.moe_router_score_function == "softmax" and not a.moe_router_pre_softmax
+    if a.num_experts is not None and a.moe_router_topk == 1 and after:
+        raise UnsupportedError(
+            "Megatron-Core has no such router; nothing was written",
+            found="moe_router_topk = 1 with a softmax over the chosen expert alone",
+            expected="several experts for a token, or a softmax over all of them",
+            fix="convert it with --to hf, which can represent it",
+        )
     pattern = a.moe_layer_pattern
     arguments: dict[str, object] = {name: getattr(a, name) for name in _SAME}
     arguments |= {

@@ -170,6 +170,13 @@ def stored(a: Architecture) -> dict[str, object]:
             "rope_type": None,
             **_PLAIN_SCALES,
         }
+    if not a.rotary_interleaved:
+        raise UnsupportedError(
+            "Megatron-Core's latent attention cannot compute this model; nothing was written",
+            found="rotary_interleaved = False",
+            expected="rotary_interleaved = True: it rotates neighbours as pairs",
+            fix="convert it with --to hf, which can represent it",
+        )
     is_yarn = a.rope_type == "yarn"
     return {
         "multi_latent_attention": True,
@@ -178,7 +185,7 @@ def stored(a: Architecture) -> dict[str, object]:
         # The size by which Megatron's own core attention joins heads (DotProductAttention).
         "kv_channels": a.v_head_dim,
         # Megatron rotates neighbours as pairs, and has no argument that says so.
-        "rotary_interleaved": a.rotary_interleaved is not True,
+        "rotary_interleaved": False,
         "rope_type": a.rope_type,
         **({name: getattr(a, name) for name in _SCALES} if is_yarn else _PLAIN_SCALES),
         **({name: getattr(a, name) for name in _DEFAULTS} if is_yarn else {}),

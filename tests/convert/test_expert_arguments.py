@@ -329,8 +329,18 @@ def test_what_megatron_has_no_argument_for() -> None:
 
 
 def test_rotations_that_megatrons_latent_attention_has_not() -> None:
-    with pytest.raises(MTTError, match="rotary_interleaved"):
+    with pytest.raises(MTTError) as error:
         model_arguments(replace(read(MLA), rotary_interleaved=False))
+    assert error.value.found == "rotary_interleaved = False"
+
+
+def test_routers_that_megatron_has_not() -> None:
+    single = replace(read(MOE), moe_router_topk=1, moe_router_pre_softmax=False)
+    with pytest.raises(MTTError) as error:
+        model_arguments(single)
+    assert "moe_router_topk = 1" in str(error.value.found)
+    model_arguments(replace(single, moe_router_pre_softmax=True))
+    model_arguments(replace(single, moe_router_score_function="sigmoid"))
 
 
 def test_flags_that_build_the_model() -> None:
