@@ -21,9 +21,9 @@ from __future__ import annotations
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from itertools import islice, product
+from itertools import islice
 from math import lcm
 
 from .. import sources
@@ -272,8 +272,13 @@ def _check_grid(place: Place, ranks: Mapping[str, tuple[int, int, int]], sizes: 
     num_absent = sizes.expert_tp * sizes.pp * sizes.ep - len(experts)
     if not missing and num_absent:
         num_missing = num_absent
-        sets = (range(size) for size in (sizes.expert_tp, sizes.pp, sizes.ep))
-        absent = (rank for rank in product(*sets) if rank not in experts)
+        whole = (
+            (tp, pp, ep)
+            for tp in range(sizes.expert_tp)
+            for pp in range(sizes.pp)
+            for ep in range(sizes.ep)
+        )
+        absent = (rank for rank in whole if rank not in experts)
         missing = [
             f"{_rank_folder(tp, pp, ep, sizes)}/{_FILE}"
             if sizes.expert_tp == sizes.tp
@@ -287,7 +292,7 @@ def _check_grid(place: Place, ranks: Mapping[str, tuple[int, int, int]], sizes: 
         more = f", ... ({num_missing})" if num_missing > len(missing) else ""
         raise IncompleteError(
             f"{os.path.basename(place.folder)} is incomplete; nothing was written",
-            found=f"{len(ranks)} of {len(needed_ranks(sizes))} ranks ({sizes})",
+            found=f"{len(ranks)} of {num_needed_ranks(sizes)} ranks ({sizes})",
             expected=", ".join(missing) + more,
             fix=fix + (f", or use --iteration {others[-1]}, which is complete" if others else ""),
         )
@@ -300,7 +305,16 @@ def _has_all(place: Place, iteration: int, sizes: Layout) -> bool:
     return all(sources.is_file(os.path.join(root, folder, _FILE)) for folder in folders)
 
 
-def needed_ranks(sizes: Layout) -> list[tuple[int, int, int]]:
+def num_needed_ranks(sizes: Layout) -> int:
+    """How many ranks write a file."""
+    return sizes.pp * _stage_size(sizes)
+
+
+def _stage_size(sizes: Layout) -> int:
+    return lcm(sizes.tp, sizes.expert_tp * sizes.ep)
+
+
+def needed_ranks(sizes: Layout) -> Iterator[tuple[int, int, int]]:
     """The (tensor, pipeline, expert) ranks that write a file, by global rank.
 
     Those are the ranks of a stage without copies of experts: r with r % TP and r // ETP % EP, as
@@ -309,8 +323,9 @@ def needed_ranks(sizes: Layout) -> list[tuple[int, int, int]]:
     RankGenerator, core/parallel_state.py.)
     """
     tp, etp, ep = sizes.tp, sizes.expert_tp, sizes.ep
-    stage = range(lcm(tp, etp * ep))
-    return [(r % tp, pp, r // etp % ep) for pp in range(sizes.pp) for r in stage]
+    for pp in range(sizes.pp):
+        for r in range(_stage_size(sizes)):
+            yield r % tp, pp, r // etp % ep
 
 
 def _rank_folder(tp: int, pp: int, ep: int, sizes: Layout) -> str:

@@ -22,8 +22,10 @@ import sys
 import time
 import traceback
 from argparse import Namespace
+from collections.abc import Callable
 from copy import deepcopy
 from datetime import timedelta
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -74,7 +76,7 @@ def transformer_config(args: Namespace, case: dict[str, Any]) -> TransformerConf
         num_layers_in_first_pipeline_stage=getattr(args, "decoder_first_pipeline_num_layers", None),
         num_layers_in_last_pipeline_stage=getattr(args, "decoder_last_pipeline_num_layers", None),
         num_query_groups=args.num_query_groups if args.group_query_attention else None,
-        activation_func=silu if args.swiglu else squared_relu if args.squared_relu else gelu,
+        activation_func=activation(args),
         gated_linear_unit=args.swiglu,
         bias_activation_fusion=args.bias_gelu_fusion and not args.swiglu,
         # As load_args_from_checkpoint does without experts.
@@ -100,6 +102,15 @@ def transformer_config(args: Namespace, case: dict[str, Any]) -> TransformerConf
         moe_router_fusion=False,
     )
     return kind(**fields)
+
+
+def activation(args: Namespace) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What the arguments name; Transformer Engine's GELU, which is not here, is the one by tanh."""
+    if args.swiglu:
+        return silu
+    if args.squared_relu:
+        return squared_relu
+    return partial(gelu, approximate="tanh") if args.use_te_activation_func else gelu
 
 
 def build_chunks(args: Namespace, case: dict[str, Any]) -> list[GPTModel | T5Model]:
