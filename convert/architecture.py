@@ -550,11 +550,10 @@ class Architecture:
             and chosen is not None
             and 1 <= chosen <= groups
             and self.num_experts % groups == 0
-            and self.moe_router_topk % chosen == 0
-            and self.moe_router_topk // chosen <= self.num_experts // groups,
+            and chosen <= self.moe_router_topk <= chosen * (self.num_experts // groups),
             "experts cannot be chosen by groups like this",
             "moe_router_num_groups moe_router_group_topk moe_router_topk num_experts",
-            "groups that divide num_experts, of which some that divide moe_router_topk are chosen",
+            "groups that divide num_experts, and an expert of each chosen one at least",
         )
 
     def _check_latent_attention(self) -> None:

@@ -129,7 +129,8 @@ def _family(model_type: str, architecture: Architecture, exact: tuple[str, ...])
             return able[0]
         model_type = default
     family = FAMILIES[model_type]
-    misfits = () if family.code else family.misfits(architecture)
+    is_ours = family.code and family.kind == architecture.kind  # then it computes all that mtt does
+    misfits = () if is_ours else family.misfits(architecture)
     if misfits and not exact and family.name == default and not family.fix(architecture):
         raise UnsupportedError(
             "no class of transformers computes this model; nothing was written",

@@ -104,7 +104,7 @@ def open_checkpoint(
     raw = replace(raw, shards=experts.numbered(raw.shards))
     names = {name for shard in raw.shards for name in shard.tensors}
     foreign.refuse(raw.shards, raw.args)
-    dialect = dialects.detect(names)
+    dialect = dialects.detect(raw.shards)
     shards = dialects.canonical(dialect, raw.shards)
     overrides = overrides or {}
     if raw.args is None and dialect.has_tied_copy(names):

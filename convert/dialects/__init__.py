@@ -6,7 +6,7 @@ A new generation is one new file with a `DIALECT`, and one entry in `DIALECTS`.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 from ..checkpoint import Shard
@@ -39,14 +39,17 @@ CORE = (core_te.DIALECT.name, core_local.DIALECT.name)
 WRITABLE = {"transformer_engine": core_te, "local": core_local}
 
 
-def detect(names: Iterable[str]) -> Dialect:
-    """The dialect that has rules for the most of these names.
+def detect(shards: Sequence[Shard]) -> Dialect:
+    """The dialect that has rules for the most names of these shards.
+
+    A name counts in each shard that has it: beside which others it is there decides whether a rule
+    holds, and another stage's layer of the same number may have others.
 
     Raises:
         UnsupportedError: none has a rule for any of them, or they belong to a kind of model that
             mtt does not convert yet.
     """
-    names = sorted(names)
+    names = sorted({name for shard in shards for name in shard.tensors})
     for pattern, kind in _NOT_YET:
         if named := [name for name in names if re.fullmatch(pattern, name)]:
             raise UnsupportedError(
@@ -54,8 +57,12 @@ def detect(names: Iterable[str]) -> Dialect:
                 found=shorten(named, 4),
                 expected="a GPT or a T5",
             )
-    dialect = max(DIALECTS, key=lambda dialect: dialect.known(names))
-    if not dialect.known(names):
+
+    def known(dialect: Dialect) -> int:
+        return sum(dialect.known(shard.tensors) for shard in shards)
+
+    dialect = max(DIALECTS, key=known)
+    if not known(dialect):
         raise UnsupportedError(
             "no generation of Megatron that mtt knows spells parameters like this",
             found=shorten(names) or "no model tensors",

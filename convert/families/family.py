@@ -163,6 +163,8 @@ class Family:
 
     def misfits(self, architecture: Architecture) -> tuple[str, ...]:
         """What keeps the class from computing an architecture; nothing if it does, exactly."""
+        if architecture.kind != self.kind:
+            return (f"kind = {architecture.kind}",)
         found = [limit.text for limit in self.limits if not limit.holds(architecture)]
         wanted = architecture.forward_pass()
         try:

@@ -56,6 +56,11 @@ MLA = replace(
 )
 
 
+def test_groups_need_not_divide_the_chosen_experts() -> None:
+    """Megatron judges a group by its best `topk // group_topk`, and rounds down."""
+    assert replace(MOE, moe_router_topk=3).moe_router_group_topk == 2
+
+
 def test_layers_with_experts() -> None:
     assert MOE.moe_layers == (False, True)
     assert GPT.moe_layers == (False, False)
@@ -120,6 +125,18 @@ def test_rotary_dim(percent: float, dim: int) -> None:
             MOE,
             {"moe_router_group_topk": None},
             "moe_router_num_groups = 4, moe_router_group_topk = None, moe_router_topk = 4, "
+            "num_experts = 8",
+        ),
+        (
+            MOE,
+            {"moe_router_topk": 5},
+            "moe_router_num_groups = 4, moe_router_group_topk = 2, moe_router_topk = 5, "
+            "num_experts = 8",
+        ),
+        (
+            MOE,
+            {"moe_router_topk": 1},
+            "moe_router_num_groups = 4, moe_router_group_topk = 2, moe_router_topk = 1, "
             "num_experts = 8",
         ),
         (MLA, {"v_head_dim": 0}, "v_head_dim = 0"),

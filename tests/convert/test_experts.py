@@ -197,6 +197,21 @@ def test_any_layout_holds_the_same_bits(
         shutil.rmtree(target)
 
 
+def test_stages_of_which_one_begins_with_experts(golden: Golden, tmp_path: Path) -> None:
+    """Layer 0 of a rank is dense or has experts; without other norms only that tells the spec."""
+    source = copy_of(golden, "mcore/mla/tp2pp1/torch", tmp_path)
+    for path in source.rglob("model_optim_rng.pt"):
+        with edited(path) as content:
+            content["args"].qk_layernorm = False
+            model = content["model"]
+            for name in [name for name in model if re.search(r"\.(q|kv)_layernorm\.", name)]:
+                del model[name]
+    target = tmp_path / "out"
+    convert(source, target, to="torch", transformer_impl="local", pp=2)
+    assert open_checkpoint(target).dialect == "core_local"
+    assert diff(source, target).differences == ()
+
+
 @pytest.mark.parametrize("grouped", [True, False])
 @pytest.mark.parametrize("impl", ["local", "transformer_engine"])
 def test_every_module_is_written_and_read(

@@ -616,3 +616,19 @@ def test_the_card_says_how_to_use_it(folders: Callable) -> None:
     assert "| Norm after the last layers | none |" in card
     assert "AutoModelForSeq2SeqLM.from_pretrained" in card
     assert "vllm" not in card
+
+
+@pytest.mark.parametrize(
+    ("name", "asked", "kind"),
+    [
+        ("mcore/llama/tp1pp2/torch", "mtt_seq2seq", "gpt"),
+        ("mcore/t5/tp2/torch", "llama", "t5"),
+        ("legacy/core_v0.12.0-bert-tp2pp1", "mtt_seq2seq", "bert"),
+    ],
+)
+def test_a_class_of_another_kind_of_model(
+    name: str, asked: str, kind: str, golden: Callable[[str], Path], tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match=f"not exactly a {asked}") as raised:
+        convert(golden(name), tmp_path / "out", model_type=asked, tokenizer="none")
+    assert raised.value.found == f"kind = {kind}"
