@@ -14,11 +14,13 @@ import json
 import os
 import secrets
 import socket
+import time
 from typing import Any
 
 from .errors import TargetError
 
 _BOOT = "/proc/sys/kernel/random/boot_id"
+_WRITTEN_WITHIN = 0.2  # seconds
 
 
 class Claim:
@@ -56,6 +58,9 @@ class Claim:
         """
         while not self.try_take():
             holder = self.holder()
+            if not holder:  # its run may be about to write it
+                time.sleep(_WRITTEN_WITHIN)
+                holder = self.holder()
             alive = _is_alive(holder)
             if alive or not take_over:
                 raise TargetError(

@@ -104,21 +104,24 @@ class PartSink:
         """
         try:
             self._take()
-            return self
-        except OSError as error:
+        except (OSError, TargetError) as error:
             self._clean_up()
-            raise target_error(self.folder, error, keeps=True) from error
+            if self._is_done():  # others made the folder whole and dropped their notes meanwhile
+                self._take_over()
+            elif isinstance(error, OSError):
+                raise target_error(self.folder, error, keeps=True) from error
+            else:
+                raise
         except BaseException:
             self._clean_up()
             raise
+        return self
 
     def _take(self) -> None:
         if os.path.lexists(self.folder) and not os.path.isdir(self.folder):
             raise TargetError(f"{self.folder} is a file", expected="a folder, or a new name")
         if self._is_done():
-            self._drop_notes()
-            self.unchanged, self.whole, self.num_complete = True, True, self._part.count
-            self.pending = replace(self.pending, files=(), replicas=())
+            self._take_over()
             return
         self._join()
         self._claim.take(take_over=self._resume)
@@ -139,8 +142,16 @@ class PartSink:
 
     def _is_done(self) -> bool:
         """Whether all parts were finished before."""
-        if not self._resume or os.path.isdir(self._state):
-            return False
+        return self._resume and not os.path.isdir(self._state) and self._is_whole()
+
+    def _take_over(self) -> None:
+        """Take what is in the folder for the result."""
+        self._drop_notes()
+        self.unchanged, self.whole, self.num_complete = True, True, self._part.count
+        self.pending = replace(self.pending, files=(), replicas=())
+
+    def _is_whole(self) -> bool:
+        """Whether the folder holds what all parts make, and what they share."""
         if not os.path.isfile(os.path.join(self.folder, manifest.NAME)):
             return False
         there = manifest.read(self.folder)
@@ -153,14 +164,14 @@ class PartSink:
         present = set(os.listdir(self.folder)) if os.path.isdir(self.folder) else set()
         others = sorted(name for name in present if not name.startswith(PARTS))
         if others and not os.path.isdir(self._state):
-            busy = LOCK in others
+            if LOCK in others:
+                raise self._locked("end it with --resume and no --part, or remove the folder")
+            again = "" if self._resume else ", or add --resume if it holds these parts already"
             raise TargetError(
-                f"{self.folder} is being written by another run of mtt"
-                if busy
-                else f"{self.folder} is not empty; nothing was written",
+                f"{self.folder} is not empty; nothing was written",
                 found=", ".join(others[:5]) + (", ..." if len(others) > 5 else ""),
                 expected="an empty or new folder, or one that other parts have begun",
-                fix="choose another folder, or add --resume if it holds these parts already",
+                fix=f"choose another folder{again}",
             )
         plan = {"schema": _SCHEMA, "parts": self._part.count, "work": self._work}
         if not os.path.isdir(self._state):
@@ -178,11 +189,15 @@ class PartSink:
                 fix="give all parts the same command; to begin again, remove the folder first",
             )
         if os.path.lexists(os.path.join(self.folder, LOCK)):
-            raise TargetError(
-                f"{self.folder} is being written by another run of mtt",
-                found=LOCK,
-                fix="wait for it, or choose another folder",
-            )
+            raise self._locked("remove this file")
+
+    def _locked(self, if_dead: str) -> TargetError:
+        """Another machine's lock cannot be tried, so the file alone counts."""
+        return TargetError(
+            f"{self.folder} is being written by another run of mtt, or was by one that died",
+            found=LOCK,
+            fix=f"wait for it; if it died, {if_dead}",
+        )
 
     def _begin(self, plan: Mapping[str, object]) -> None:
         """Make the folder of the parts' notes: it appears with its plan, and once."""
@@ -294,12 +309,17 @@ class PartSink:
             states = [self._read_state(number) for number in range(1, self._part.count + 1)]
             complete = [state for state in states if state and state["status"] == "complete"]
             self.num_complete = len(complete)
-            if not os.path.isdir(self._state):
-                self.whole, self.num_complete = True, self._part.count
-            elif self.num_complete == self._part.count:
+            if self.num_complete == self._part.count:
                 self._finish_all(complete)
-        except OSError as error:
-            raise target_error(self.folder, error, keeps=True) from error
+            elif self._is_whole():  # the notes are gone
+                self.whole, self.num_complete = True, self._part.count
+        except (OSError, TargetError) as error:
+            if self._is_whole():
+                self.whole, self.num_complete = True, self._part.count
+            elif isinstance(error, OSError):
+                raise target_error(self.folder, error, keeps=True) from error
+            else:
+                raise
 
     def _finish_all(self, states: list[dict[str, Any]]) -> None:
         """Write the shared files, unless another part does.
@@ -342,13 +362,14 @@ class PartSink:
                 expected="all files of all parts, in their sizes",
                 fix="run the parts again with --resume: they write what is missing",
             )
-        self._sweep({*written, *self._plan.documents, manifest.NAME})
         for name, data in self._plan.documents.items():
             write_document(self.folder, name, data, self._writer.suffix, keeps=True)
         record["documents"] = manifest.digests(self._plan.documents, self._algorithm)
         record["status"] = "complete"
         manifest.write(self.folder, record, suffix=self._writer.suffix, keeps=True)
         self.whole = True
+        # Not before: a run that writes them too finds the folder whole when it misses its own.
+        self._sweep({*written, *self._plan.documents, manifest.NAME})
 
     def __exit__(
         self,

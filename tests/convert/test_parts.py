@@ -382,6 +382,7 @@ def test_other_folders(out: Path) -> None:
         with pytest.raises(TargetError, match="is not empty") as caught:
             convert(out, "1/2", resume=resume)
         assert caught.value.found == "notes.txt"
+        assert ("--resume" in str(caught.value.fix)) is not resume
     assert [path.name for path in out.iterdir()] == ["notes.txt"]
     shutil.rmtree(out)
     out.write_text("mine")
@@ -409,6 +410,21 @@ def test_parts_keep_out_of_other_runs(out: Path, expected: dict[str, dict[str, b
 
     mtt_convert.convert(SAMPLE, out, progress=again, **HF)
     assert "being written by another run of mtt" in refusals[0].message
+    assert contents(out) == expected["hf"]
+
+
+def test_a_lock_that_was_left_behind(out: Path, expected: dict[str, dict[str, bytes]]) -> None:
+    """By a run without parts that was killed; whether it lives on another machine nobody knows."""
+    lock = out / ".mtt.lock"
+    for fix in ("if it died, end it with --resume and no --part", "if it died, remove this file"):
+        out.mkdir(exist_ok=True)
+        lock.touch()
+        with pytest.raises(TargetError, match="or was by one that died") as caught:
+            convert(out, "2/2", resume=True)
+        assert fix in str(caught.value.fix)
+        lock.unlink()
+        convert(out, "1/2", resume=True)
+    convert(out, "2/2", resume=True)
     assert contents(out) == expected["hf"]
 
 
@@ -500,6 +516,17 @@ def test_an_empty_claim(out: Path, expected: dict[str, dict[str, bytes]]) -> Non
         convert(out, "1/2")
     convert(out, "1/2", resume=True)
     assert contents(out) == expected["hf"]
+
+
+def test_a_claim_that_is_being_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its run is alive, and has made the file but not filled it yet."""
+    path = tmp_path / "claim"
+    Claim(str(path), "it").take(take_over=False)
+    content = path.read_text()
+    path.write_text("")
+    monkeypatch.setattr("time.sleep", lambda seconds: path.write_text(content))
+    with pytest.raises(TargetError, match="is being written by another run of mtt"):
+        Claim(str(path), "it").take(take_over=True)
 
 
 def test_a_number_that_another_process_has_by_now(tmp_path: Path) -> None:
@@ -618,6 +645,61 @@ def test_somebody_else_finishes(out: Path, expected: dict[str, dict[str, bytes]]
     assert (result.num_complete, result.whole) == (2, False)
     assert not SHARED["hf"] & set(contents(out))
     assert convert(out, "2/2", resume=True).whole  # the other one died
+    assert contents(out) == expected["hf"]
+
+
+def _all_but_the_shared_files(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every part is complete, and the one that was to write the rest died."""
+    from mtt_convert.part_target import PartSink
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PartSink, "_finish_all", lambda *args: None)
+        for part in ("1/2", "2/2"):
+            convert(out, part)
+
+
+@pytest.mark.parametrize("name", ["_join", "_read_state", "_note", "_finish_all", "_write_shared"])
+def test_finished_parts_go_on_at_once(
+    name: str, out: Path, expected: dict[str, dict[str, bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another one makes the folder whole, and drops the notes of all, whatever this one is at."""
+    from mtt_convert.part_target import PartSink
+
+    _all_but_the_shared_files(out, monkeypatch)
+    real = getattr(PartSink, name)
+
+    def slow(self: PartSink, *args: Any) -> Any:
+        monkeypatch.undo()
+        if name == "_write_shared":
+            _claim_of(out, "finish.claim")
+        assert convert(out, "1/2", resume=True).whole
+        return real(self, *args)
+
+    monkeypatch.setattr(PartSink, name, slow)
+    result = convert(out, "2/2", resume=True)
+    assert (result.num_complete, result.whole) == (2, True)
+    assert contents(out) == expected["hf"]
+
+
+def test_two_write_what_all_share(
+    out: Path, expected: dict[str, dict[str, bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The faster one takes no file from the slower one before the folder is whole."""
+    _all_but_the_shared_files(out, monkeypatch)
+    real, slower, there = os.replace, [""], []
+
+    def replace(old: str, new: str) -> None:
+        if new.endswith("README.md") and not slower[0]:
+            slower[0] = old
+            _claim_of(out, "finish.claim")
+            assert convert(out, "1/2", resume=True).whole
+        if new.endswith(MANIFEST):
+            there.append(os.path.exists(slower[0]))
+        real(old, new)
+
+    monkeypatch.setattr(os, "replace", replace)
+    assert convert(out, "2/2", resume=True).whole
+    assert there == [True]
     assert contents(out) == expected["hf"]
 
 

@@ -76,6 +76,17 @@ def test_hub_code_is_flat():
     assert {module.parent for module in modules} == {ROOT / "modeling_mtt"}
 
 
+def test_no_text_has_the_marks_of_a_merge():
+    """Python refuses them itself; pages show them to their readers."""
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("*/*.md")]
+    marked = [
+        path.relative_to(ROOT).as_posix()
+        for path in pages
+        if re.search(r"^(<{7}|={7}|>{7})( |$)", path.read_text(), re.MULTILINE)
+    ]
+    assert len(pages) > 10 and not marked
+
+
 def test_lowest_constraints_are_the_lower_bounds():
     declared = lower_bounds(PROJECT["project"]["dependencies"])
     lowest = pins("constraints-lowest.txt")
