@@ -77,6 +77,7 @@ def transformer_config(args: Namespace, case: dict[str, Any]) -> TransformerConf
         num_layers_in_last_pipeline_stage=getattr(args, "decoder_last_pipeline_num_layers", None),
         num_query_groups=args.num_query_groups if args.group_query_attention else None,
         activation_func=activation(args),
+        use_te_activation_func=False,
         gated_linear_unit=args.swiglu,
         bias_activation_fusion=args.bias_gelu_fusion and not args.swiglu,
         # As load_args_from_checkpoint does without experts.
@@ -110,7 +111,11 @@ def activation(args: Namespace) -> Callable[[torch.Tensor], torch.Tensor]:
         return silu
     if args.squared_relu:
         return squared_relu
-    return partial(gelu, approximate="tanh") if args.use_te_activation_func else gelu
+    return (
+        partial(gelu, approximate="tanh")
+        if getattr(args, "use_te_activation_func", False)
+        else gelu
+    )
 
 
 def build_chunks(args: Namespace, case: dict[str, Any]) -> list[GPTModel | T5Model]:
