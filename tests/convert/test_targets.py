@@ -451,7 +451,8 @@ def test_a_limit_on_file_size(source: Path, out: Path) -> None:
     )
     assert result.returncode == 4, result.stderr
     assert result.stderr.startswith("error: ") and "Traceback" not in result.stderr
-    assert "File too large" in result.stderr
+    assert "File too large" in result.stderr and "is full" not in result.stderr
+    assert "--max-shard-size" in result.stderr
     assert not out.exists()
 
 
