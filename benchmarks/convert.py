@@ -322,6 +322,7 @@ def main() -> int:
     ]
     groups = list(dict.fromkeys((case.model, case.source) for case in chosen))
     work_place = args.work or (RAM_DISK if RAM_DISK.is_dir() else None)
+    facts = machine()
     results = []
     with (
         tempfile.TemporaryDirectory(prefix="mtt-bench-", dir=work_place) as work,
@@ -341,7 +342,7 @@ def main() -> int:
                     results.append(run_case(case, MODELS[model], folder, args, baseline_mb))
     suffix = "-s" if args.small else ""
     report = {
-        "machine": machine(),
+        "machine": facts,
         "command": " ".join(["python benchmarks/convert.py", *published(sys.argv[1:])]),
         "weights": {name: MODELS[name + suffix].num_bytes for name in dict(groups)},
         "baseline_mb": baseline_mb,

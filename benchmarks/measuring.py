@@ -165,6 +165,13 @@ def machine() -> dict[str, str]:
         "memory": f"{memory / 2**30:.1f} GiB",
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in names},
+        **{name: _version(name) for name in names},
         "cp": copy.stdout.splitlines()[0],
     }
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"

@@ -29,7 +29,7 @@ from .claims import boot_id
 from .errors import TargetError, UsageError
 from .plan import ConversionPlan, PlannedFile, PlannedTensor
 from .unchanged import is_same_plan
-from .work import SourceWatch
+from .work import SourceWatch, source_paths
 from .writing import LOCK, FileWriter, FolderLock, target_error, write_document
 
 _REPLACED, _GONE = ".mtt.replaced", ".mtt.replaced.gone"
@@ -226,6 +226,15 @@ class FolderSink:
                 fix="choose another folder, or empty this one yourself",
             )
         ours = self._present(self._names(manifest.read(self.folder)))
+        place = os.path.realpath(self.folder)
+        read = {os.path.realpath(path) for path in source_paths(self._plan)}
+        if own := sorted(name for name in ours if os.path.join(place, name) in read):
+            raise TargetError(
+                f"the checkpoint to convert is in {self.folder}; nothing was replaced",
+                found=", ".join(own[:5]) + (", ..." if len(own) > 5 else ""),
+                expected="a folder that holds none of its files",
+                fix="choose another folder",
+            )
         new = {*self.pending.documents, *(file.name for file in self.pending.files)}
         new |= {f"{name}.part" for name in new}
         if taken := sorted(self._present(new) - ours):

@@ -246,8 +246,14 @@ def target_error(folder: str, error: OSError, *, keeps: bool = False) -> TargetE
         keeps: whether finished files stay, for `--resume`.
     """
     again = "; the same command goes on then" if keeps else ", or choose another folder"
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        rest = "finished files stay" if keeps else "what was written was removed again"
+    rest = "finished files stay" if keeps else "what was written was removed again"
+    if error.errno == errno.EFBIG:
+        return TargetError(
+            f"a file is too large for the disk of {folder}; {rest}",
+            found=str(error),
+            fix="choose a new folder and a smaller --max-shard-size, or raise ulimit -f",
+        )
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return TargetError(
             f"the disk of {folder} is full; {rest}",
             found=str(error),

@@ -237,6 +237,21 @@ def test_overwrite_that_fails_keeps_files_of_others(
     assert snapshot(out) == before
 
 
+@pytest.mark.parametrize("link", [False, True])
+def test_overwrite_does_not_replace_what_it_reads(link: bool, source: Path, out: Path) -> None:
+    """The checkpoint is an iteration of an earlier conversion, which stays where it is read."""
+    mtt_convert.convert(source, out, to="torch")
+    here = next(out.glob("iter_*"))
+    if link:
+        (out.parent / "link").symlink_to(here)
+        here = out.parent / "link"
+    before = snapshot(out)
+    with pytest.raises(TargetError, match="the checkpoint to convert is in") as caught:
+        mtt_convert.convert(here, out, to="torch", overwrite=True)
+    assert "model_optim_rng.pt" in str(caught.value.found)
+    assert snapshot(out) == before
+
+
 def test_overwrite_refuses_what_mtt_did_not_write(source: Path, out: Path) -> None:
     out.mkdir()
     (out / "config.json").write_text("{}")
@@ -436,7 +451,8 @@ def test_a_limit_on_file_size(source: Path, out: Path) -> None:
     )
     assert result.returncode == 4, result.stderr
     assert result.stderr.startswith("error: ") and "Traceback" not in result.stderr
-    assert "File too large" in result.stderr
+    assert "File too large" in result.stderr and "is full" not in result.stderr
+    assert "--max-shard-size" in result.stderr
     assert not out.exists()
 
 
