@@ -1,6 +1,6 @@
 """`--config`: what a checkpoint does not say, from a file, a folder or a preset.
 
-    a JSON object, or NAME: VALUE lines     Megatron's arguments
+    a JSON object, or NAME: VALUE lines     Megatron's arguments, some of them or a dump of all
     a folder with config.json, or that file, with `model_type: mtt`
     the name of a preset                    the same, from `presets.py`
 
@@ -23,6 +23,7 @@ from .preset_files import preset_config
 from .presets import PRESETS, nearest_preset
 
 _WORDS: dict[str, object] = {"true": True, "false": False, "none": None, "null": None, "~": None}
+_MEGATRONS_KIND = "ModelType."  # an enum of its own, in a dump of all its arguments
 _ACCEPTED = {*SETTINGS, *NEUTRAL} - {*RENAMED, *FOREIGN}
 _EXPECTED = (
     "a JSON object of Megatron arguments, or NAME: VALUE lines; a folder with the config.json of "
@@ -43,6 +44,11 @@ def read_config_file(path: str) -> dict[str, object]:
         return _described(preset_config(PRESETS[path]), path)
     file = os.path.join(path, "config.json") if os.path.isdir(path) else path
     values = _parse(_text(file, path), path)
+    kind = values.get("model_type")
+    if isinstance(kind, str) and kind.startswith(_MEGATRONS_KIND):
+        # `vocab_size` there is what was typed: some tokenizers count one more.
+        known = _ACCEPTED - {"vocab_size"}
+        return {name: value for name, value in values.items() if name in known}
     return _described(values, path) if "model_type" in values else values
 
 

@@ -464,14 +464,18 @@ def check_complete(shapes: Mapping[str, Ints], architecture: Architecture) -> No
             fix="check that all files of the iteration were copied",
         )
     wanted = expected(architecture)
+    extra = [name for name in shapes if name not in wanted]
     if missing := [name for name in wanted if name not in shapes]:
+        others = f", {len(extra)} of another model: {shorten(extra, 2)}" if extra else ""
         raise IncompleteError(
             f"{len(missing)} of {len(wanted)} parameters are missing; nothing was written",
-            found=f"{len(shapes)} parameters",
+            found=f"{len(shapes)} parameters{others}",
             expected=shorten(missing),
-            fix="check that all files of the iteration were copied",
+            fix="correct the arguments with --set NAME=VALUE if they are wrong"
+            if extra
+            else "check that all files of the iteration were copied",
         )
-    if extra := [name for name in shapes if name not in wanted]:
+    if extra:
         raise MappingError(
             f"{len(extra)} parameters do not belong to the model its arguments describe",
             found=shorten(extra),

@@ -137,7 +137,10 @@ def generate(
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {}
     with torch.no_grad():
         output = model.generate(
-            **inputs, max_new_tokens=max_new_tokens, **(sampling or {"do_sample": False})
+            **inputs,
+            max_new_tokens=max_new_tokens,
+            max_length=None,  # transformers warns about two limits where the folder has one
+            **(sampling or {"do_sample": False}),
         )
     text: str = tokenizer.decode(output[0], skip_special_tokens=True)
     return text

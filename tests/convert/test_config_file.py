@@ -79,6 +79,20 @@ def test_lines_and_json_say_the_same(golden: Golden, tmp_path: Path) -> None:
     assert (out / weights).read_bytes() == (tmp_path / "known" / weights).read_bytes()
 
 
+def test_a_dump_of_all_arguments(golden: Golden, tmp_path: Path) -> None:
+    """Its `model_type` is an enum of Megatron's, and most of it does not describe the model."""
+    dump = golden("mcore/llama/args.json")
+    assert json.loads(dump.read_text())["model_type"].startswith("ModelType.")
+    mute = without_arguments(golden, "mcore/llama/tp1pp2/torch", tmp_path)
+    out = tmp_path / "out"
+    given = ["--config", str(dump), "--set", "vocab_size=500"]
+    assert main(["convert", str(mute), str(out), *given]) == 0
+    convert(golden("mcore/llama/tp1pp2/torch"), tmp_path / "known", tokenizer="none")
+    weights = "model.safetensors"
+    assert (out / weights).read_bytes() == (tmp_path / "known" / weights).read_bytes()
+    assert "vocab_size" not in read_config_file(str(dump))
+
+
 def test_set_wins_over_config(golden: Golden, tmp_path: Path) -> None:
     convert(golden(TORCH), tmp_path / "known")
     mute = without_arguments(golden, TORCH, tmp_path)

@@ -438,6 +438,14 @@ def test_layers_that_are_refused_by_name(
     assert name in str(caught.value.found)
 
 
+def test_arguments_that_deny_experts(golden: Golden, tmp_path: Path) -> None:
+    """What is there instead of what is missing says that files are not."""
+    with pytest.raises(IncompleteError, match="6 of 27 parameters are missing") as caught:
+        open_checkpoint(golden("mcore/moe_mixed/ep2/torch"), overrides={"num_experts": None})
+    assert "36 of another model: decoder.layers.1.mlp.router.weight" in str(caught.value.found)
+    assert "--set" in str(caught.value.fix)
+
+
 def test_experts_without_arguments(golden: Golden, tmp_path: Path) -> None:
     source = copy_of(golden, "mcore/moe_mixed/ep2/torch", tmp_path)
     shutil.rmtree(next(source.rglob("mp_rank_00_001")))

@@ -27,7 +27,7 @@ from mtt_convert.ops import SplitKV
 from mtt_convert.reading import FileReader, stream
 from tests.convert import derived
 from tests.convert.families.seq2seq_models import MODELS, Model
-from tests.convert.surgery import Golden
+from tests.convert.surgery import Golden, run_apart
 
 CORE, TE, LEGACY = (
     "mcore/t5/tp2/torch",
@@ -526,6 +526,17 @@ def test_generate(with_words: Path, capsys: pytest.CaptureFixture) -> None:
     printed = json.loads(capsys.readouterr().out)
     assert printed["warnings"] == ["the model has positions for 24 tokens of an answer, not more"]
     assert not printed["text"].startswith("once upon a")
+
+
+def test_generate_is_given_one_limit() -> None:
+    """The folder has another, its longest text, and transformers warns about two."""
+    script = """
+        import sys
+        from mtt_convert.cli import main
+        main(["generate", "convert/sample_seq2seq", "--prompt", "Hello, how are you?"])
+    """
+    result = run_apart(script)
+    assert result.stdout.startswith("I am fine") and "max_length" not in result.stderr
 
 
 def test_generate_needs_a_token_to_start_with(
