@@ -36,6 +36,8 @@ logger = logging.get_logger(__name__)
 
 TORCH_VARLEN = "torch_varlen"
 FLASH_ATTENTION = ("flash_attention_2", "flash_attention_3", "flash_attention_4")
+# The others have no argument for a bias, and some would ignore it.
+BIASED_IMPLEMENTATIONS = ("eager", "sdpa", "flex_attention")
 
 
 def available_implementation(requested: str | None) -> str | None:
@@ -54,6 +56,16 @@ def available_implementation(requested: str | None) -> str | None:
         f"'{TORCH_VARLEN}', the one that PyTorch brings."
     )
     return TORCH_VARLEN
+
+
+def check_bias(implementation: str, who_adds: str) -> None:
+    """Raise where an attention implementation would leave a bias out in silence."""
+    if implementation not in BIASED_IMPLEMENTATIONS:
+        raise ValueError(
+            f"{who_adds} a bias to attention scores: found attention implementation "
+            f"'{implementation}', expected one of {BIASED_IMPLEMENTATIONS}. "
+            'Load the model with attn_implementation="sdpa".'
+        )
 
 
 def eager_attention_forward(

@@ -15,12 +15,9 @@
 
 from typing import Any
 
+from .attention_mtt import check_bias
 from .base_mtt import MTTPreTrainedModel
 from .configuration_seq2seq_mtt import MTTSeq2SeqConfig
-from .modeling_mtt import ALIBI_IMPLEMENTATIONS
-
-# A bias is a bias: those that add ALiBi's add this one too.
-RELATIVE_IMPLEMENTATIONS = ALIBI_IMPLEMENTATIONS
 
 
 class MTTSeq2SeqPreTrainedModel(MTTPreTrainedModel):
@@ -43,15 +40,8 @@ class MTTSeq2SeqPreTrainedModel(MTTPreTrainedModel):
         self, attn_implementation: str | None, *args: Any, **kwargs: Any
     ) -> str:
         chosen = super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
-        if (
-            self.config.position_embedding_type == "relative"
-            and chosen not in RELATIVE_IMPLEMENTATIONS
-        ):
-            raise ValueError(
-                f"Relative positions add a bias to attention scores: found attention "
-                f"implementation '{chosen}', expected one of {RELATIVE_IMPLEMENTATIONS}. "
-                'Load the model with attn_implementation="sdpa".'
-            )
+        if self.config.position_embedding_type == "relative":
+            check_bias(chosen, "Relative positions add")
         return chosen
 
     @classmethod

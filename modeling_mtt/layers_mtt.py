@@ -95,6 +95,7 @@ class MTTAttention(nn.Module):
 
         if distances is not None:
             kwargs["position_bias"] = self._position_bias(query_states, distances)
+        # vLLM looks for this call in the source of `forward`, and for `scaling` in it.
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )

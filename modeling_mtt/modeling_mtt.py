@@ -34,7 +34,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple, is_tracing
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention_mtt import positions_of_packed
+from .attention_mtt import check_bias, positions_of_packed
 from .base_mtt import MTTPreTrainedModel
 from .cache_mtt import growing_cache, with_own_counts
 from .configuration_mtt import MTTConfig
@@ -82,9 +82,6 @@ MASK_FUNCTIONS: dict[str, Callable] = {
 
 # Attention implementations of servers that run layers of their own in place of some of these.
 SERVERS = ("vllm", "vllm_mla", "sglang")
-
-# The others have no argument for a bias, and some would ignore it.
-ALIBI_IMPLEMENTATIONS = ("eager", "sdpa", "flex_attention")
 
 
 class MTTModel(MTTPreTrainedModel):
@@ -163,7 +160,9 @@ class MTTModel(MTTPreTrainedModel):
             )
 
         if self.config.position_embedding_type == "alibi":
-            self._check_attention(kwargs)
+            if "cache" in kwargs:
+                raise ValueError(NO_CONTINUOUS_BATCHING)
+            check_bias(self.config._attn_implementation, "ALiBi adds")
 
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
@@ -337,18 +336,6 @@ class MTTModel(MTTPreTrainedModel):
                 f"Position {largest} is beyond the table of learned positions: found a sequence of "
                 f"{largest + 1} tokens, expected at most max_position_embeddings ({table_size}). "
                 "Shorten the prompt or the generation; a learned table cannot be extended."
-            )
-
-    def _check_attention(self, kwargs: dict[str, Any]) -> None:
-        """Raise where ALiBi would be left out in silence."""
-        implementation = self.config._attn_implementation
-        if "cache" in kwargs:
-            raise ValueError(NO_CONTINUOUS_BATCHING)
-        if implementation not in ALIBI_IMPLEMENTATIONS:
-            raise ValueError(
-                f"ALiBi adds a bias to attention scores: found attention implementation "
-                f"'{implementation}', expected one of {ALIBI_IMPLEMENTATIONS}. "
-                'Load the model with attn_implementation="sdpa".'
             )
 
 
