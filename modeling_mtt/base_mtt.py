@@ -83,6 +83,22 @@ class MTTPreTrainedModel(PreTrainedModel):
                 else:
                     init.normal_(parameter, std=self.config.initializer_range)
 
+    def look_up(
+        self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, prefix: str = ""
+    ) -> Any:
+        """Return the token embeddings, of which exactly one form is given.
+
+        Raises:
+            `ValueError`: both or neither are given.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            given = "neither" if input_ids is None else "both"
+            raise ValueError(
+                f"You must specify exactly one of {prefix}input_ids or {prefix}inputs_embeds, "
+                f"got {given}"
+            )
+        return self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+
     # transformers looks for the experts in the file of the model.
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:

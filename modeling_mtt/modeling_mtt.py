@@ -153,19 +153,11 @@ class MTTModel(MTTPreTrainedModel):
             `ValueError`: both or neither of `input_ids` and `inputs_embeds` are given, or a
                 position lies beyond the table of learned positions.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            given = "neither" if input_ids is None else "both"
-            raise ValueError(
-                f"You must specify exactly one of input_ids or inputs_embeds, got {given}"
-            )
-
+        inputs_embeds = self.look_up(input_ids, inputs_embeds)
         if self.config.position_embedding_type == "alibi":
             if "cache" in kwargs:
                 raise ValueError(NO_CONTINUOUS_BATCHING)
             check_bias(self.config._attn_implementation, "ALiBi adds")
-
-        if inputs_embeds is None:
-            inputs_embeds = self.embed_tokens(input_ids)
 
         # Positions that come with no cache may belong to several packed sequences.
         counted = position_ids is None or past_key_values is not None

@@ -68,18 +68,6 @@ class MTTSeq2SeqStack(MTTSeq2SeqPreTrainedModel):
         # The model's plan names what both stacks have.
         self._tp_plan: dict[str, str] = {}
 
-    def _look_up(
-        self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, prefix: str = ""
-    ) -> torch.Tensor:
-        """Return the token embeddings, of which exactly one form is given."""
-        if (input_ids is None) == (inputs_embeds is None):
-            given = "neither" if input_ids is None else "both"
-            raise ValueError(
-                f"You must specify exactly one of {prefix}input_ids or {prefix}inputs_embeds, "
-                f"got {given}"
-            )
-        return self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-
     def _place(
         self, inputs_embeds: torch.Tensor, cache: Cache | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None, tuple[torch.Tensor, torch.Tensor] | None]:
@@ -162,7 +150,7 @@ class MTTEncoder(MTTSeq2SeqStack):
             `ValueError`: both or neither of `input_ids` and `inputs_embeds` are given, or there are
                 more tokens than learned positions.
         """
-        inputs_embeds = self._look_up(input_ids, inputs_embeds)
+        inputs_embeds = self.look_up(input_ids, inputs_embeds)
         attention_mask = create_bidirectional_mask(
             config=self.config, inputs_embeds=inputs_embeds, attention_mask=attention_mask
         )
@@ -236,7 +224,7 @@ class MTTDecoder(MTTSeq2SeqStack):
             `ValueError`: arguments are missing, contradict each other or have another type, or
                 there are more tokens than learned positions.
         """
-        inputs_embeds = self._look_up(input_ids, inputs_embeds, "decoder_")
+        inputs_embeds = self.look_up(input_ids, inputs_embeds, "decoder_")
         if encoder_hidden_states is None:
             raise ValueError(
                 "The decoder attends to the encoder's states: found no encoder_hidden_states. "
