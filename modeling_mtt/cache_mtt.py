@@ -4,7 +4,7 @@ from copy import copy
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderDecoderCache
 from transformers.utils import is_tracing
 
 from .configuration_mtt import MTTConfig
@@ -97,7 +97,12 @@ def growing_cache(config: MTTConfig) -> DynamicCache:
 
 
 def let_grow(cache: Any) -> None:
-    """Give an empty `DynamicCache` layers that grow in place, where it had the plain ones."""
+    """Give an empty `DynamicCache` layers that grow in place, where it had the plain ones.
+
+    An encoder's keys and values never grow: of an `EncoderDecoderCache` it is the decoder's own.
+    """
+    if isinstance(cache, EncoderDecoderCache):
+        cache = cache.self_attention_cache
     if type(cache) is DynamicCache and not cache.offloading:
         cache.layers = [
             MTTDynamicLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers

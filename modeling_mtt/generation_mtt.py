@@ -20,7 +20,6 @@ from transformers.cache_utils import Cache
 from transformers.generation import GenerationConfig
 
 from .cache_mtt import let_grow
-from .configuration_mtt import MTTConfig
 from .mtp_mtt import MTTCandidateGenerator
 from .parallel_mtt import check_continuous_batching, share_random_state
 
@@ -33,7 +32,7 @@ NO_CONTINUOUS_BATCHING = (
 class MTTGenerationMixin:
     """Comes before transformers' `GenerationMixin` among the classes of a model with a head."""
 
-    config: MTTConfig
+    config: Any
     model: Any
     device: torch.device
     forward: Any
@@ -45,18 +44,75 @@ class MTTGenerationMixin:
 
     def create_masks_for_generate(
         self,
-        config: MTTConfig,
+        config: Any,
         inputs_embeds: torch.Tensor,
         attention_mask: torch.Tensor | None,
-        past_key_values: Cache | None,
+        past_key_values: Any,
         position_ids: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> dict[str, Any] | torch.Tensor | None:
-        """Make the masks that `generate` passes with a static cache, as `MTTModel` would."""
+        """Make the masks that `generate` passes with a static cache, as the model would."""
         if self.config._attn_implementation == "flex_attention":
             # `generate` takes what it passes for tensors, which flex attention's masks are not.
             return attention_mask
-        return self.model.create_masks(inputs_embeds, attention_mask, past_key_values, position_ids)
+        return self._create_masks(inputs_embeds, attention_mask, past_key_values, position_ids)
+
+    def _create_masks(
+        self,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        past_key_values: Any,
+        position_ids: torch.Tensor | None,
+    ) -> dict[str, Any] | torch.Tensor | None:
+        raise NotImplementedError
+
+    def _prepare_cache_for_generation(
+        self,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> Any:
+        """Refuse a generation that cannot end within a learned table before it starts.
+
+        Compiled code could not say so later. The last token generated is never looked up, and
+        `max_cache_length` does not count it.
+        """
+        if self.config.position_embedding_type == "learned":
+            compiles = (
+                generation_config.cache_implementation == "static"
+                or generation_config.compile_config is not None
+                or hasattr(self.forward, "_torchdynamo_orig_callable")
+            )
+            self._check_table(max_cache_length, model_kwargs.get("attention_mask"), compiles)
+        given = model_kwargs.get("past_key_values")
+        super()._prepare_cache_for_generation(  # type: ignore[misc]
+            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+        )
+        if given is None:
+            let_grow(model_kwargs.get("past_key_values"))
+
+    def _check_table(
+        self, max_cache_length: int, attention_mask: torch.Tensor | None, compiles: bool
+    ) -> None:
+        raise NotImplementedError
+
+
+class MTTCausalGenerationMixin(MTTGenerationMixin):
+    """What generation with a decoder has besides."""
+
+    def _create_masks(
+        self,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        past_key_values: Cache | None,
+        position_ids: torch.Tensor | None,
+    ) -> dict[str, Any]:
+        masks: dict[str, Any] = self.model.create_masks(
+            inputs_embeds, attention_mask, past_key_values, position_ids
+        )
+        return masks
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """Return a manager of continuous batching, which `generate_batch` asks for.
@@ -98,44 +154,22 @@ class MTTGenerationMixin:
 
         manager.add_request = add
 
-    def _prepare_cache_for_generation(
-        self,
-        generation_config: GenerationConfig,
-        model_kwargs: dict[str, Any],
-        generation_mode: Any,
-        batch_size: int,
-        max_cache_length: int,
-    ) -> Any:
-        """Refuse a generation that cannot end within a learned table before it starts.
-
-        Compiled code could not say so later. The last token generated is never looked up, and
-        `max_cache_length` does not count it.
-        """
-        mask = model_kwargs.get("attention_mask")
-        compiles = (
-            generation_config.cache_implementation == "static"
-            or generation_config.compile_config is not None
-            or hasattr(self.forward, "_torchdynamo_orig_callable")
-        )
+    def _check_table(
+        self, max_cache_length: int, attention_mask: torch.Tensor | None, compiles: bool
+    ) -> None:
         # `generate` drops a mask of ones. What is not compiled may end before the table does.
-        checks = compiles if mask is None else mask.ndim == 2
-        if self.config.position_embedding_type == "learned" and checks:
-            padding = 0 if mask is None else int((mask == 0).sum(-1).min())
-            positions = max_cache_length - padding
-            table_size = self.config.max_position_embeddings
-            if positions > table_size:
-                raise ValueError(
-                    "The generation does not fit the table of learned positions: found "
-                    f"{positions} positions to look up, of the prompt and all new tokens but the "
-                    f"last, expected at most max_position_embeddings ({table_size}). "
-                    f"Lower max_new_tokens by {positions - table_size}, or shorten the prompt."
-                )
-        given = model_kwargs.get("past_key_values")
-        super()._prepare_cache_for_generation(  # type: ignore[misc]
-            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
-        )
-        if given is None:
-            let_grow(model_kwargs.get("past_key_values"))
+        if not (compiles if attention_mask is None else attention_mask.ndim == 2):
+            return
+        padding = 0 if attention_mask is None else int((attention_mask == 0).sum(-1).min())
+        positions = max_cache_length - padding
+        table_size = self.config.max_position_embeddings
+        if positions > table_size:
+            raise ValueError(
+                "The generation does not fit the table of learned positions: found "
+                f"{positions} positions to look up, of the prompt and all new tokens but the "
+                f"last, expected at most max_position_embeddings ({table_size}). "
+                f"Lower max_new_tokens by {positions - table_size}, or shorten the prompt."
+            )
 
     def _get_candidate_generator(self, generation_config: GenerationConfig, **kwargs: Any) -> Any:
         """Return what makes drafts: with `use_mtp`, the model's own heads.

@@ -38,7 +38,7 @@ from .attention_mtt import check_bias, positions_of_packed
 from .base_mtt import MTTPreTrainedModel
 from .cache_mtt import growing_cache, with_own_counts
 from .configuration_mtt import MTTConfig
-from .generation_mtt import NO_CONTINUOUS_BATCHING, MTTGenerationMixin
+from .generation_mtt import NO_CONTINUOUS_BATCHING, MTTCausalGenerationMixin
 from .layers_mtt import MTTAttention, MTTDecoderLayer, multiply
 from .linear_mtt import build_linear, project
 from .mlp_mtt import MTTMLP
@@ -331,7 +331,7 @@ class MTTModel(MTTPreTrainedModel):
             )
 
 
-class MTTForCausalLM(MTTPreTrainedModel, MTTGenerationMixin, GenerationMixin):
+class MTTForCausalLM(MTTPreTrainedModel, MTTCausalGenerationMixin, GenerationMixin):
     """The decoder with a head that gives the next token's logits."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}

@@ -13,23 +13,20 @@
 # limitations under the License.
 """PyTorch MTT encoder-decoder model: what Megatron calls T5."""
 
-from typing import Any
-
 import torch
 from torch import nn
 from transformers.cache_utils import EncoderDecoderCache
-from transformers.generation import GenerationConfig, GenerationMixin
+from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput, Seq2SeqModelOutput
 from transformers.models.auto import modeling_auto
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 
 from .base_seq2seq_mtt import MTTSeq2SeqPreTrainedModel
-from .cache_mtt import let_grow
 from .configuration_seq2seq_mtt import MTTSeq2SeqConfig
+from .generation_seq2seq_mtt import MTTSeq2SeqGenerationMixin
 from .linear_mtt import build_linear, project
 from .modeling_mtt import slice_logits_to_keep  # type: ignore[attr-defined]
-from .parallel_mtt import share_random_state
 from .stacks_seq2seq_mtt import MTTDecoder, MTTEncoder
 
 
@@ -146,7 +143,9 @@ class MTTSeq2SeqModel(MTTSeq2SeqPreTrainedModel):
         )
 
 
-class MTTForConditionalGeneration(MTTSeq2SeqPreTrainedModel, GenerationMixin):
+class MTTForConditionalGeneration(
+    MTTSeq2SeqPreTrainedModel, MTTSeq2SeqGenerationMixin, GenerationMixin
+):
     """The encoder-decoder with a head that gives the next token's logits."""
 
     _tied_weights_keys = {"lm_head.weight": "model.shared.weight"}
@@ -261,74 +260,6 @@ class MTTForConditionalGeneration(MTTSeq2SeqPreTrainedModel, GenerationMixin):
         start = labels.new_full((len(labels), 1), self.config.start_token())
         shifted = torch.cat((start, labels[:, :-1]), dim=-1)
         return shifted.masked_fill(shifted == -100, pad_token_id)
-
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Generate as `GenerationMixin` does, with the same random numbers on every process."""
-        share_random_state(getattr(self, "_device_mesh", None), self.device)
-        return super().generate(*args, **kwargs)
-
-    def create_masks_for_generate(
-        self,
-        config: MTTSeq2SeqConfig,
-        inputs_embeds: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        past_key_values: EncoderDecoderCache,
-        **kwargs: Any,
-    ) -> torch.Tensor | None:
-        """Make the mask that `generate` passes with a static cache, as the decoder would."""
-        if self.config._attn_implementation == "flex_attention":
-            # `generate` takes what it passes for tensors, which flex attention's masks are not.
-            return attention_mask
-        cache = past_key_values.self_attention_cache
-        return self.model.decoder.create_mask(inputs_embeds, attention_mask, cache)
-
-    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
-        """Refuse continuous batching, which has no place for an encoder's states.
-
-        Raises:
-            `ValueError`: always.
-        """
-        raise ValueError(
-            "An encoder-decoder does not run with continuous batching, whose cache has no place "
-            "for the encoder's states: use generate() in place of generate_batch()."
-        )
-
-    def _prepare_cache_for_generation(
-        self,
-        generation_config: GenerationConfig,
-        model_kwargs: dict[str, Any],
-        generation_mode: Any,
-        batch_size: int,
-        max_cache_length: int,
-    ) -> Any:
-        """Refuse a compiled generation that may not fit a learned table before it starts.
-
-        Compiled code could not say so later. The last token generated is never looked up, and
-        `max_cache_length` does not count it.
-        """
-        compiles = (
-            generation_config.cache_implementation == "static"
-            or generation_config.compile_config is not None
-            or hasattr(self.forward, "_torchdynamo_orig_callable")
-        )
-        table_size = self.config.max_position_embeddings
-        if (
-            compiles
-            and self.config.position_embedding_type == "learned"
-            and max_cache_length > table_size
-        ):
-            raise ValueError(
-                "The generation does not fit the table of learned positions: found "
-                f"{max_cache_length} positions to look up, of all new tokens but the last, "
-                f"expected at most max_position_embeddings ({table_size}). "
-                f"Lower max_new_tokens by {max_cache_length - table_size}."
-            )
-        given = model_kwargs.get("past_key_values")
-        super()._prepare_cache_for_generation(
-            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
-        )
-        if given is None and model_kwargs.get("past_key_values") is not None:
-            let_grow(model_kwargs["past_key_values"].self_attention_cache)
 
 
 # See modeling_mtt: Trainer, among others, tells by these names what a class computes.
