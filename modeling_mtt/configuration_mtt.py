@@ -13,6 +13,8 @@
 # limitations under the License.
 """MTT model configuration."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import field, fields
 from typing import Any, Literal
 
@@ -207,7 +209,7 @@ class MTTConfig(PreTrainedConfig):
     zero_centered_norm: bool = False
     position_embedding_type: Literal["learned", "rope", "alibi", "none"] = "learned"
     max_position_embeddings: int = 1024
-    # A factory, so that the class has no such attribute: see `__post_init__`.
+    # A factory, so that the class has no such attribute: see `rope_parameters_as_given`.
     rope_parameters: RopeParameters | dict | None = field(default_factory=lambda: None)
     rope_interleave: bool = False
     sliding_window: int | None = None
@@ -254,13 +256,9 @@ class MTTConfig(PreTrainedConfig):
     pad_token_id: int | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        if self.num_key_value_heads is None:
-            self.num_key_value_heads = self.num_attention_heads
         if self.kv_lora_rank is not None and self.head_dim is None:
             self.head_dim = self.qk_head_dim
-        # Left at None where it does not come out even: `validate_architecture` says so.
-        elif self.head_dim is None and divides(self.num_attention_heads, self.hidden_size):
-            self.head_dim = self.hidden_size // self.num_attention_heads
+        fill_in_heads(self)
         if self.layer_types is None and self.sliding_window is not None:
             self.layer_types = ["sliding_attention"] * self.num_hidden_layers
         if self.num_experts is not None and self.moe_intermediate_size is None:
@@ -270,15 +268,8 @@ class MTTConfig(PreTrainedConfig):
         self.base_model_tp_plan, self.base_model_ep_plan, self.base_model_pp_plan = plans
 
         kwargs.setdefault("auto_map", dict(AUTO_MAP))
-        given = self.rope_parameters
-        self.rope_parameters = dict(given) if given is not None else None
-        super().__post_init__(**kwargs)
-        # transformers takes every configuration with such an attribute for one of a rotary model,
-        # and the base class fills it in.
-        if self.position_embedding_type != "rope":
-            self.rope_parameters = given
-            if given is None:
-                del self.rope_parameters
+        with rope_parameters_as_given(self):
+            super().__post_init__(**kwargs)
 
     def __eq__(self, other: object) -> bool:
         # What a dataclass does, but that `rope_parameters` may be missing.
@@ -346,6 +337,30 @@ class MTTConfig(PreTrainedConfig):
     def validate_architecture(self) -> None:
         """Check what no single field shows; `@strict` calls it after construction."""
         check_architecture(self)
+
+
+def fill_in_heads(config: Any) -> None:
+    """Replace the `None` of `num_key_value_heads` and `head_dim` by what it stands for."""
+    if config.num_key_value_heads is None:
+        config.num_key_value_heads = config.num_attention_heads
+    # Left at None where it does not come out even: `validate_architecture` says so.
+    if config.head_dim is None and divides(config.num_attention_heads, config.hidden_size):
+        config.head_dim = config.hidden_size // config.num_attention_heads
+
+
+@contextmanager
+def rope_parameters_as_given(config: Any) -> Iterator[None]:
+    """Have the base class fill in the `rope_parameters` of a rotary model, and of no other.
+
+    transformers takes every configuration with such an attribute for one of a rotary model.
+    """
+    given = config.rope_parameters
+    config.rope_parameters = dict(given) if given is not None else None
+    yield
+    if config.position_embedding_type != "rope":
+        config.rope_parameters = given
+        if given is None:
+            del config.rope_parameters
 
 
 def _same_layers(num_layers: int, sliding_window: int | None) -> list[str]:

@@ -20,7 +20,7 @@ from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 
-from .configuration_mtt import MTTConfig
+from .configuration_mtt import MTTConfig, fill_in_heads, rope_parameters_as_given
 from .plans_mtt import ATTENTION, DENSE
 from .validation_mtt import check_positions, check_sizes
 
@@ -174,7 +174,7 @@ class MTTSeq2SeqConfig(PreTrainedConfig):
     max_position_embeddings: int = 512
     relative_attention_num_buckets: int = 32
     relative_attention_max_distance: int = 128
-    # A factory, so that the class has no such attribute: see `__post_init__`.
+    # A factory, so that the class has no such attribute: see `rope_parameters_as_given`.
     rope_parameters: RopeParameters | dict | None = field(default_factory=lambda: None)
     rope_interleave: bool = False
     attention_bias: bool = True
@@ -195,12 +195,7 @@ class MTTSeq2SeqConfig(PreTrainedConfig):
     is_encoder_decoder: bool = True
 
     def __post_init__(self, **kwargs: Any) -> None:
-        if self.num_key_value_heads is None:
-            self.num_key_value_heads = self.num_attention_heads
-        # Left at None where it does not come out even: `validate_architecture` says so.
-        if self.head_dim is None and self.hidden_size % max(self.num_attention_heads, 1) == 0:
-            self.head_dim = self.hidden_size // max(self.num_attention_heads, 1)
-
+        fill_in_heads(self)
         absent = set()
         if not self.gated_mlp:
             absent.add("gate_proj")
@@ -214,15 +209,8 @@ class MTTSeq2SeqConfig(PreTrainedConfig):
         }
 
         kwargs.setdefault("auto_map", dict(SEQ2SEQ_AUTO_MAP))
-        given = self.rope_parameters
-        self.rope_parameters = dict(given) if given is not None else None
-        super().__post_init__(**kwargs)
-        # As in `MTTConfig`: transformers takes every configuration with such an attribute for one
-        # of a rotary model.
-        if self.position_embedding_type != "rope":
-            self.rope_parameters = given
-            if given is None:
-                del self.rope_parameters
+        with rope_parameters_as_given(self):
+            super().__post_init__(**kwargs)
 
     __eq__ = MTTConfig.__eq__  # `rope_parameters` may be missing
 
