@@ -12,6 +12,7 @@ from transformers import AutoConfig
 
 import modeling_mtt
 from modeling_mtt import AUTO_MAP, MTTConfig
+from tests.modeling_mtt.models import PRESETS
 
 
 def test_exports_are_sorted_and_complete():
@@ -187,21 +188,7 @@ def test_configurations_of_before_keep_their_meaning(tiny_config, tmp_path):
     assert AutoConfig.from_pretrained(tmp_path).to_diff_dict() == config.to_diff_dict()
 
 
-@pytest.mark.parametrize(
-    "preset",
-    [
-        "gpt",
-        "llama",
-        "nemotron",
-        "bloom",
-        "falcon",
-        "qwen2",
-        "switch",
-        "mixtral",
-        "deepseek",
-        "mtp",
-    ],
-)
+@pytest.mark.parametrize("preset", PRESETS)
 def test_round_trip(tiny_config, tmp_path, preset):
     config = tiny_config(preset)
     config.save_pretrained(tmp_path)

@@ -8,7 +8,7 @@ from torch.export import Dim, export
 from transformers import GenerationConfig
 from transformers.integrations.executorch import TorchExportableModuleForDecoderOnlyLM
 
-SHAPES = ("gpt", "llama", "nemotron")
+from tests.modeling_mtt.models import SHAPES
 
 # Dynamo follows the recorder of hidden states, which transformers wraps every model in.
 pytestmark = pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects")

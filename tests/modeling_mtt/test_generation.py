@@ -17,7 +17,8 @@ from transformers import (
     QuantizedCache,
 )
 
-SHAPES = ("gpt", "llama", "nemotron")
+from tests.modeling_mtt.models import SHAPES
+
 GREEDY: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False}
 
 

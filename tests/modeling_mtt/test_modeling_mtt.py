@@ -18,19 +18,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from modeling_mtt import MTTForCausalLM, MTTModel
-
-PRESETS = [
-    "gpt",
-    "llama",
-    "nemotron",
-    "bloom",
-    "falcon",
-    "qwen2",
-    "switch",
-    "mixtral",
-    "deepseek",
-    "mtp",
-]
+from tests.modeling_mtt.models import PRESETS
 
 
 def ids(*shape: int) -> torch.Tensor:

@@ -10,8 +10,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, QuantoConfig, TorchAoConfig
 
 from modeling_mtt import MTTForCausalLM
+from tests.modeling_mtt.models import SHAPES
 
-SHAPES = ("gpt", "llama", "nemotron")
 # bitsandbytes packs blocks of 32 rows, and shares a scale between 64 values.
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_key_value_heads": 2, "head_dim": 16}
 # Of a logit's standard deviation: eight bits, and four.

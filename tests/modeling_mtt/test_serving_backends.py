@@ -19,23 +19,12 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import modeling_mtt
 from modeling_mtt import AUTO_MAP, MTTForCausalLM, MTTModel
+from tests.modeling_mtt.models import PRESETS
 
 # Any other is replicated in silence by vLLM, and refused by SGLang.
 STYLES = {"colwise", "colwise_rep", "rowwise", "rowwise_rep", "replicate"}
 # Narrow, and whole on every process of ours too.
 REPLICATED = {"shared_expert_gate", "q_a_proj", "kv_a_proj_with_mqa", "eh_proj"}
-PRESETS = [
-    "gpt",
-    "llama",
-    "nemotron",
-    "bloom",
-    "falcon",
-    "qwen2",
-    "switch",
-    "mixtral",
-    "deepseek",
-    "mtp",
-]
 
 
 class Missing(nn.Identity):

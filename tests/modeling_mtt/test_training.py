@@ -9,7 +9,8 @@ import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
 
-SHAPES = ("gpt", "llama", "nemotron")
+from tests.modeling_mtt.models import SHAPES
+
 SPARSE = ("mixtral", "deepseek")
 
 pytestmark = pytest.mark.filterwarnings(
