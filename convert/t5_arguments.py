@@ -18,6 +18,7 @@ from collections.abc import Mapping
 
 from .architecture import Architecture
 from .argument_tables import Arguments
+from .argument_values import or_default
 from .errors import IncompleteError, LayoutError, UnsupportedError, UsageError
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -57,8 +58,8 @@ def t5_fields(a: Arguments, legacy: bool, shapes: Shapes | None) -> dict[str, ob
         "num_layers": _layers(a, "decoder", shapes),
         "final_layernorm": own_final if shapes is None else _has_final_norm(shapes),
         "qk_layernorm": False,
-        "relative_attention_num_buckets": _or(a, "relative_attention_num_buckets", 32),
-        "relative_attention_max_distance": _or(a, "relative_attention_max_distance", 128),
+        "relative_attention_num_buckets": or_default(a, "relative_attention_num_buckets", 32),
+        "relative_attention_max_distance": or_default(a, "relative_attention_max_distance", 128),
     }
 
 
@@ -82,11 +83,6 @@ def _layers(a: Arguments, stack: str, shapes: Shapes | None) -> object:
             f"--set {stack}_num_layers={found}",
         )
     return found
-
-
-def _or(a: Arguments, name: str, default: object) -> object:
-    value = a.get(name)
-    return default if value is None else value
 
 
 def stored_layers(a: Architecture) -> dict[str, object]:
