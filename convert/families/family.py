@@ -44,7 +44,10 @@ Tensors = Mapping[str, LazyTensor]
 
 @dataclass(frozen=True, slots=True)
 class Limit:
-    """What a class asks for that no field says, and what a user can do about it."""
+    """What a class asks for that no field says, and what a user can do about it.
+
+    The text may name fields of the architecture in braces: their values are told.
+    """
 
     text: str
     holds: Callable[[Architecture], bool]
@@ -165,7 +168,11 @@ class Family:
         """What keeps the class from computing an architecture; nothing if it does, exactly."""
         if architecture.kind != self.kind:
             return (f"kind = {architecture.kind}",)
-        found = [limit.text for limit in self.limits if not limit.holds(architecture)]
+        found = [
+            limit.text.format_map(vars(architecture))
+            for limit in self.limits
+            if not limit.holds(architecture)
+        ]
         wanted = architecture.forward_pass()
         try:
             back = self.architecture(self._write(architecture)).forward_pass()
