@@ -136,6 +136,7 @@ def _family(model_type: str, architecture: Architecture, exact: tuple[str, ...])
             "no class of transformers computes this model; nothing was written",
             found="; ".join(misfits),
             expected=f"what {family.causal_lm} computes",
+            fix="if the arguments are wrong, correct them with --set NAME=VALUE",
         )
     if misfits:
         others = f"--model-type {exact[0] if exact else default}, which computes exactly the same"

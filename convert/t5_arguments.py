@@ -50,6 +50,8 @@ def t5_fields(a: Arguments, legacy: bool, shapes: Shapes | None) -> dict[str, ob
             "Megatron-LM's own T5 does not compute with a table of its own for the output",
             found="untie_embeddings_and_output_weights = True",
             expected="untie_embeddings_and_output_weights = False",
+            fix="give the checkpoint as Megatron-LM saved it, or correct the argument with "
+            "--set untie_embeddings_and_output_weights=False",
         )
     own_final = legacy or a.get("transformer_impl") != "local"
     return {

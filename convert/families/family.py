@@ -118,8 +118,15 @@ class Family:
         values = {**self.defaults, **config}
         self._refuse(values)
         facts: dict[str, object] = {}
-        for line in self.fields:
-            facts |= line.read(values)
+        try:
+            for line in self.fields:
+                facts |= line.read(values)
+        except UnsupportedError as error:
+            error.fix = error.fix or (
+                f"correct config.json if it is wrong: mtt converts a {self.name} only with what "
+                "is expected"
+            )
+            raise
         for name, value in self.fixed.items():
             facts[name] = value(facts) if callable(value) else value
         facts.setdefault("params_dtype", _dtype(config))
