@@ -407,6 +407,15 @@ def test_the_card(kind: str, golden: Golden, tmp_path: Path) -> None:
     assert len(printed) == 1 and isinstance(printed[0], str)
 
 
+@pytest.mark.parametrize("model_type", ["mtt", "megatron-bert", "auto"])
+def test_mtt_has_no_class_of_its_own(model_type: str, golden: Golden, tmp_path: Path) -> None:
+    options = {"tokenizer": "none", "model_type": model_type}
+    conversion = mtt_convert.convert(golden(BERT), tmp_path / "hf", **options).conversion
+    assert conversion.model_type == "megatron-bert"
+    said = [text for text in conversion.warnings if "--model-type megatron-bert" in text]
+    assert len(said) == (model_type == "mtt")
+
+
 def test_inspect(golden: Golden) -> None:
     code, out, _ = run("inspect", golden(BERT))
     assert code == 0
