@@ -103,12 +103,12 @@ def from_megatron(
         TypeError: a keyword is no field of the configuration.
     """
     from accelerate import init_empty_weights
-    from transformers import GenerationConfig
+    from transformers import GenerationConfig, MegatronBertConfig
     from transformers.distributed import DistributedConfig
 
     from modeling_mtt import MTTConfig, MTTSeq2SeqConfig
 
-    _check_keywords(kwargs, MTTConfig, MTTSeq2SeqConfig)
+    _check_keywords(kwargs, MTTConfig, MTTSeq2SeqConfig, MegatronBertConfig)
     if num_workers < 1:
         raise UsageError("no workers", found=str(num_workers), expected="at least 1")
     replicas.check_choice(replicated)

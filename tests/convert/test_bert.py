@@ -134,6 +134,7 @@ def test_in_memory(golden: Golden, tmp_path: Path) -> None:
     left, right = direct.state_dict(), saved.state_dict()
     assert left.keys() == right.keys() and all(torch.equal(left[n], right[n]) for n in left)
     assert direct.cls.predictions.decoder.weight is direct.bert.embeddings.word_embeddings.weight
+    assert from_megatron(golden(BERT), hidden_dropout_prob=0.25).config.hidden_dropout_prob == 0.25
     with pytest.raises(TypeError, match="gated_mlp"):
         from_megatron(golden(BERT), tokenizer="none", gated_mlp=True)
     with pytest.raises(UsageError, match="cannot be split"):
