@@ -8,7 +8,6 @@
 
 With `parallel_residual`, both norms of a layer see the same h, and both results are added to it;
 with `shared_layernorm` there is only the first.
-With `parallel_residual`, both norms of a layer see the same h, and both results are added to it.
 A T5 has two such stacks over one embedding. Its encoder sees all tokens; each layer of its decoder
 has a second attention between the two lines, with a norm before it, to what the encoder gives
 (models/T5/t5_model.py). Relative positions are added to the scores of self attention.

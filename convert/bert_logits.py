@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from .errors import CorruptError, UsageError
@@ -11,7 +12,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 _MODEL_TYPE = "megatron-bert"
-_TOGETHER = ("attention_mask", "tokentype_ids")
+_MASK, _TYPES, _BINARY = "attention_mask", "tokentype_ids", "binary_logits"
+ARRAYS = (_TYPES, _BINARY)
+"""What a reference of a BERT may have and no other."""
 
 
 def is_bert(config: PreTrainedConfig) -> bool:
@@ -64,16 +67,17 @@ def model_class(config: PreTrainedConfig) -> Any:
 
 
 def bert_difference(
-    model: PreTrainedModel, path: str, input_ids: np.ndarray, wanted: np.ndarray
+    model: PreTrainedModel, path: str, arrays: Mapping[str, np.ndarray], wanted: np.ndarray
 ) -> float:
     """The largest difference of both heads' logits from a reference.
 
     Args:
         model: in float32.
-        path: an .npz that may also have `attention_mask` and `tokentype_ids` [batch, sequence], and
-            `binary_logits` [batch, 2]. Masked tokens are not compared: Megatron hides all others
-            from them, and transformers hides them from all others.
-        input_ids, wanted: its tokens and logits.
+        path: of the reference, for messages.
+        arrays: its `input_ids`, and perhaps `attention_mask` and `tokentype_ids` [batch, sequence],
+            and `binary_logits` [batch, 2]. Masked tokens are not compared: Megatron hides all
+            others from them, and transformers hides them from all others.
+        wanted: its logits.
 
     Raises:
         CorruptError: arrays of other shapes, or tokens that are not the model's.
@@ -81,40 +85,39 @@ def bert_difference(
     import numpy as np
     import torch
 
-    more: dict[str, np.ndarray] = {}
-    with np.load(path, allow_pickle=False) as arrays:
-        more = {name: arrays[name] for name in (*_TOGETHER, "binary_logits") if name in arrays}
-    limits = {"tokentype_ids": model.config.type_vocab_size, "attention_mask": 2}
-    given = {"input_ids": input_ids, **{n: more[n] for n in _TOGETHER if n in more}}
+    input_ids = arrays["input_ids"]
+    limits = {_TYPES: model.config.type_vocab_size, _MASK: 2}
+    given = {name: arrays[name] for name in ("input_ids", _MASK, _TYPES) if name in arrays}
     for name, values in given.items():
         rows = limits.get(name, model.config.vocab_size)
         fits = values.shape == input_ids.shape and values.dtype.kind in "iub"
         if not fits or values.min() < 0 or values.max() >= rows:
-            raise _unfit(path, f"{name} that do not fit", f"0 to {rows - 1} beside input_ids")
+            raise unfit(path, f"{name} that do not fit", f"0 to {rows - 1} beside input_ids")
     if input_ids.shape[1] > model.config.max_position_embeddings:
         limit = model.config.max_position_embeddings
-        raise _unfit(path, f"{input_ids.shape[1]} tokens", f"at most {limit} positions")
+        raise unfit(path, f"{input_ids.shape[1]} tokens", f"at most {limit} positions")
     tensors = {name: torch.from_numpy(values.astype(np.int64)) for name, values in given.items()}
     with torch.no_grad():
         output = model(
             tensors["input_ids"],
-            attention_mask=tensors.get("attention_mask"),
-            token_type_ids=tensors.get("tokentype_ids"),
+            attention_mask=tensors.get(_MASK),
+            token_type_ids=tensors.get(_TYPES),
         )
     binary = getattr(output, "seq_relationship_logits", None)
     logits = (output.logits if binary is None else output.prediction_logits).numpy()
     size = min(logits.shape[-1], wanted.shape[-1])
-    seen = more.get("attention_mask", np.ones_like(input_ids)) > 0
+    seen = arrays.get(_MASK, np.ones_like(input_ids)) > 0
     difference = float(np.abs(logits[..., :size] - wanted[..., :size])[seen].max(initial=0.0))
-    if "binary_logits" not in more:
+    if _BINARY not in arrays:
         return difference
-    if binary is None or binary.shape != more["binary_logits"].shape:
-        found = f"binary_logits of shape {list(more['binary_logits'].shape)}"
-        raise _unfit(path, found, "none" if binary is None else str(list(binary.shape)))
-    return max(difference, float(np.abs(binary.numpy() - more["binary_logits"]).max()))
+    if binary is None or binary.shape != arrays[_BINARY].shape:
+        found = f"{_BINARY} of shape {list(arrays[_BINARY].shape)}"
+        raise unfit(path, found, "none" if binary is None else str(list(binary.shape)))
+    return max(difference, float(np.abs(binary.numpy() - arrays[_BINARY]).max()))
 
 
-def _unfit(path: str, found: str, expected: str) -> CorruptError:
+def unfit(path: str, found: str, expected: str) -> CorruptError:
+    """The error for a reference that was not computed with the model."""
     return CorruptError(
         f"{path} does not fit the model",
         found=found,

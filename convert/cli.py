@@ -401,9 +401,9 @@ def _convert(commands: argparse._SubParsersAction[_Parser]) -> None:
         "--model-type",
         default="mtt",
         metavar="NAME",
-        help="class to write: mtt, or llama, qwen2, ... if it computes exactly the same; auto: "
-        "such a class if it can be split over devices and lets choose its attention, else mtt "
-        "(default: mtt)",
+        help="class to write: mtt (of a T5 mtt_seq2seq, of a BERT megatron-bert), or llama, qwen2, "
+        "... if it computes exactly the same; auto: such a class if it can be split over devices "
+        "and lets choose its attention, else mtt (default: mtt)",
     )
     _add_dtype(parser, "element type to write (default: auto, as stored)")
     parser.add_argument(

@@ -79,6 +79,7 @@ def _local_count(shard: Shard, layer: str, ep: int) -> int:
             f"{layer}.mlp.router.weight is missing; nothing was written",
             found=f"experts without a router in {shard.where}",
             expected="a router in each layer that has experts",
+            fix="check that all files of the iteration were copied",
         )
     count, rest = divmod(router.shape[0], ep)
     if rest or not count:
@@ -130,6 +131,7 @@ def _apart(name: str, tensor: LazyTensor, kind: str, count: int) -> Iterable[Laz
         f"{name} cannot be divided into experts",
         found=f"shape {list(tensor.shape)}",
         expected=f"a matrix of {count} experts side by side",
+        fix="use files of one and the same run",
     )
 
 

@@ -26,7 +26,8 @@ from .plan import ConversionPlan, parse_size
 from .tokenizer import Tokenizer
 
 AUTO, DEFAULT = "auto", "mtt"
-# The family of each kind of model that computes all of them, or the only one.
+# What `mtt` stands for: the family of each kind of model that computes all of them, or the only
+# one.
 _DEFAULTS = {"gpt": DEFAULT, "t5": "mtt_seq2seq", "bert": "megatron-bert"}
 # What every class keeps in float32 in a model of another type.
 _NOT_CAST = (EXPERTS.bias,)
@@ -45,8 +46,10 @@ def plan_conversion(
 
     Args:
         checkpoint: an open checkpoint.
-        model_type: a family of `families/`; or `auto`: one of transformers itself if it computes
-            exactly the same, can be split over devices and lets choose its attention, else `mtt`.
+        model_type: a family of `families/`; `mtt` is the class of mtt for this kind of model, and
+            of a BERT, for which it has none, that of transformers; or `auto`: one of transformers
+            itself if it computes exactly the same, can be split over devices and lets choose its
+            attention, else `mtt`.
         dtype: `auto` as stored, or `float32`, `bfloat16` or `float16`.
         max_shard_size: `5GB` and the like.
         vocab_padding: `trim` the rows that only pad the vocabulary, or `keep` them; None trims
@@ -67,6 +70,11 @@ def plan_conversion(
     architecture = _with_vocabulary(checkpoint, words, vocab_padding, warnings)
     exact = _preferred(exact_families(architecture), checkpoint)
     family = _family(model_type, architecture, exact)
+    if model_type == DEFAULT and family.code is None:
+        warnings.append(
+            f"mtt has no class of its own for a {architecture.kind.upper()}: the one written is "
+            f"that of transformers, as with --model-type {family.name}"
+        )
     tensors = family.rules(architecture).apply(checkpoint.tensors, architecture)
     count = sum(tensor.num_elements for tensor in tensors.values())
     tensors |= {n: tensors[original] for n, original in family.copies(architecture).items()}
@@ -136,6 +144,7 @@ def _family(model_type: str, architecture: Architecture, exact: tuple[str, ...])
             "no class of transformers computes this model; nothing was written",
             found="; ".join(misfits),
             expected=f"what {family.causal_lm} computes",
+            fix="if the arguments are wrong, correct them with --set NAME=VALUE",
         )
     if misfits:
         others = f"--model-type {exact[0] if exact else default}, which computes exactly the same"

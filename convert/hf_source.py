@@ -156,6 +156,7 @@ def family_of(config: Mapping[str, object], folder: str) -> Family:
             f"mtt cannot read this kind of model: {folder}",
             found=f"model_type = {name!r}" + (f"; {more}" if more else ""),
             expected=", ".join(sorted(FAMILIES)),
+            fix="give a folder of one of these kinds; another tool may convert this one",
         )
     return FAMILIES[name]
 

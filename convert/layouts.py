@@ -86,7 +86,8 @@ def num_chunks(pipeline_layout: str, pp: int) -> int:
 
 
 def _check_sizes(a: Architecture, layout: Layout) -> None:
-    for option, size in (("tp", layout.tp), ("pp", layout.pp), ("vpp", layout.vpp)):
+    given = {"tp": layout.tp, "pp": layout.pp, "vpp": layout.vpp, "ep": layout.ep}
+    for option, size in {**given, "etp": layout.expert_tp}.items():
         if not 1 <= size <= _MOST_RANKS:
             raise LayoutError(f"an impossible --{option}", found=str(size), expected="at least 1")
     _check_experts(a, layout)
@@ -114,9 +115,6 @@ def _check_sizes(a: Architecture, layout: Layout) -> None:
 
 def _check_experts(a: Architecture, layout: Layout) -> None:
     """Raise LayoutError unless the experts can be divided like this."""
-    for option, size in (("ep", layout.ep), ("etp", layout.expert_tp)):
-        if not 1 <= size <= _MOST_RANKS:
-            raise LayoutError(f"an impossible --{option}", found=str(size), expected="at least 1")
     experts = a.num_experts
     if experts is None:
         if layout.ep != 1:

@@ -103,12 +103,12 @@ def from_megatron(
         TypeError: a keyword is no field of the configuration.
     """
     from accelerate import init_empty_weights
-    from transformers import GenerationConfig
+    from transformers import GenerationConfig, MegatronBertConfig
     from transformers.distributed import DistributedConfig
 
     from modeling_mtt import MTTConfig, MTTSeq2SeqConfig
 
-    _check_keywords(kwargs, MTTConfig, MTTSeq2SeqConfig)
+    _check_keywords(kwargs, MTTConfig, MTTSeq2SeqConfig, MegatronBertConfig)
     if num_workers < 1:
         raise UsageError("no workers", found=str(num_workers), expected="at least 1")
     replicas.check_choice(replicated)
@@ -150,11 +150,7 @@ def from_megatron(
     sink = TensorSink()
     run(plan, sink, num_workers=num_workers, algorithm="none", progress=progress)
     tensors = placed(sink.tensors, model, device) if distributed else sink.tensors
-    missing, unexpected = model.load_state_dict(tensors, strict=False, assign=True)
-    if unexpected or set(missing) - set(model.all_tied_weights_keys):
-        raise MTTError(f"the model and the plan disagree: {sorted(missing)} {unexpected}")
-    # A pipeline stage that has no head has nothing to tie.
-    model.tie_weights(recompute_mapping=False)
+    _fill(model, tensors)
     if distributed:
         model.to(device)  # buffers
     generation = generation_config(conversion.tokens, checkpoint.architecture)
@@ -198,8 +194,18 @@ def _bert(
         model = model_class(config)(config)
     sink = TensorSink()
     run(conversion.plan, sink, num_workers=num_workers, algorithm="none", progress=progress)
-    missing, unexpected = model.load_state_dict(sink.tensors, strict=False, assign=True)
+    _fill(model, sink.tensors)
+    return model.eval()
+
+
+def _fill(model: Any, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Give an empty model its weights.
+
+    Raises:
+        MTTError: they are not the model's.
+    """
+    missing, unexpected = model.load_state_dict(tensors, strict=False, assign=True)
     if unexpected or set(missing) - set(model.all_tied_weights_keys):
         raise MTTError(f"the model and the plan disagree: {sorted(missing)} {unexpected}")
+    # A pipeline stage that has no head has nothing to tie.
     model.tie_weights(recompute_mapping=False)
-    return model.eval()

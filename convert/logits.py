@@ -7,8 +7,8 @@ import zipfile
 import zlib
 from typing import TYPE_CHECKING
 
-from . import seq2seq
-from .bert_logits import bert_difference, is_bert, load_bert
+from . import bert_logits, seq2seq
+from .bert_logits import bert_difference, is_bert, load_bert, unfit
 from .errors import CorruptError, SourceError, UsageError
 from .families import FAMILIES
 from .formats import hf_safetensors
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _IDS, _DECODER_IDS = "input_ids", "decoder_input_ids"
-_OPTIONAL = (_DECODER_IDS, *seq2seq.MASKS)
+_OPTIONAL = (_DECODER_IDS, *seq2seq.MASKS, *bert_logits.ARRAYS)
 
 
 def load_model(
@@ -102,10 +102,10 @@ def compare_logits(path: str | os.PathLike[str], reference: str | os.PathLike[st
     arrays, wanted = _read_reference(reference)
     model = load_model(path, dtype="float32")
     if is_bert(model.config):
-        return bert_difference(model, reference, arrays[_IDS], wanted)
+        return bert_difference(model, reference, arrays, wanted)
     rows, limit = model.config.vocab_size, position_limit(model)
     if (_DECODER_IDS in arrays) != seq2seq.is_seq2seq(model):
-        raise _unfit(
+        raise unfit(
             reference,
             f"{', '.join(arrays)} for a {type(model).__name__}",
             f"{_DECODER_IDS} for an encoder-decoder, and for no other model",
@@ -113,9 +113,9 @@ def compare_logits(path: str | os.PathLike[str], reference: str | os.PathLike[st
     for name in (_IDS, _DECODER_IDS):
         ids = arrays.get(name, arrays[_IDS])
         if ids.min() < 0 or ids.max() >= rows:
-            raise _unfit(reference, f"ids {ids.min()} to {ids.max()}", f"0 to {rows - 1}")
+            raise unfit(reference, f"ids {ids.min()} to {ids.max()}", f"0 to {rows - 1}")
         if limit is not None and ids.shape[1] > limit:
-            raise _unfit(reference, f"{ids.shape[1]} tokens", f"at most {limit} positions")
+            raise unfit(reference, f"{ids.shape[1]} tokens", f"at most {limit} positions")
     if _DECODER_IDS in arrays:
         logits = seq2seq.logits(model, arrays).float().numpy()
     else:
@@ -148,12 +148,12 @@ def _read_reference(path: str) -> tuple[dict[str, np.ndarray], np.ndarray]:
     last = arrays.get(_DECODER_IDS, arrays[_IDS])
     for ids in (arrays[_IDS], last):
         if ids.dtype.kind not in "iu" or wanted.dtype.kind != "f":
-            raise _unfit(path, f"{ids.dtype} and {wanted.dtype}", "integers and floats")
+            raise unfit(path, f"{ids.dtype} and {wanted.dtype}", "integers and floats")
         if ids.ndim != 2 or not ids.size:
-            raise _unfit(path, f"input_ids of shape {list(ids.shape)}", "[batch, sequence]")
+            raise unfit(path, f"input_ids of shape {list(ids.shape)}", "[batch, sequence]")
     if wanted.ndim != 3 or wanted.shape[:2] != last.shape or not wanted.size:
         shape = ", ".join(map(str, last.shape))
-        raise _unfit(path, f"logits of shape {list(wanted.shape)}", f"[{shape}, vocabulary]")
+        raise unfit(path, f"logits of shape {list(wanted.shape)}", f"[{shape}, vocabulary]")
     for name in (_DECODER_IDS, *seq2seq.MASKS):
         other = arrays.get(name, arrays[_IDS])
         fits = len(other) == len(arrays[_IDS]) and (
@@ -161,14 +161,5 @@ def _read_reference(path: str) -> tuple[dict[str, np.ndarray], np.ndarray]:
         )
         if not fits or other.dtype.kind not in "iufb":
             shapes = f"{list(other.shape)} beside input_ids of shape {list(arrays[_IDS].shape)}"
-            raise _unfit(path, f"{name} of shape {shapes}", "rows of the same texts")
+            raise unfit(path, f"{name} of shape {shapes}", "rows of the same texts")
     return arrays, wanted
-
-
-def _unfit(path: str, found: str, expected: str) -> CorruptError:
-    return CorruptError(
-        f"{path} does not fit the model",
-        found=found,
-        expected=expected,
-        fix="give input_ids and logits that were computed with this model",
-    )

@@ -366,48 +366,28 @@ def convert(
         tokenizer=tokenizer,
         **layout,
     )
-    algorithm = ALGORITHMS[hash_name]
-    plan, facts = conversion.plan, source_facts(checkpoint)
-    work = work_of_folder(plan, checkpoint.folder, algorithm, policy, facts)
-
-    def unchanged(there: Mapping[str, Any]) -> bool:
-        return is_same(there, plan, facts, algorithm, num_workers=num_workers, progress=progress)
-
-    sink: FolderSink | PartSink | HubSink
-    if is_hub(target):
-        place = parse_place(target)
-        sink = HubSink(
-            place,
-            plan,
-            facts,
-            algorithm,
-            overwrite=overwrite,
-            resume=resume,
-            num_workers=num_workers,
-            progress=progress,
-            **upload,
-        )
+    sink = _sink(
+        target,
+        conversion,
+        ALGORITHMS[hash_name],
+        policy,
+        share=share,
+        overwrite=overwrite,
+        keep_same=keep_same,
+        resume=resume,
+        num_workers=num_workers,
+        progress=progress,
+        **upload,
+    )
+    if isinstance(sink, HubSink):
         num_workers, progress = sink.max_workers, None
-    elif share:
-        sink = PartSink(target, plan, facts, algorithm, part=share, work=work, resume=resume)
-    else:
-        sink = FolderSink(
-            target,
-            plan,
-            facts,
-            algorithm,
-            work=work,
-            overwrite=overwrite,
-            resume=resume,
-            is_same=unchanged if keep_same else None,
-        )
     with sink:
         differences = replicas.compare(sink.pending.replicas, policy)
         run(
             sink.pending,
             sink,
             num_workers=num_workers,
-            algorithm=algorithm,
+            algorithm=ALGORITHMS[hash_name],
             progress=progress,
             file_by_file=resume or isinstance(sink, HubSink),
         )
@@ -418,6 +398,58 @@ def convert(
     if isinstance(sink, PartSink):
         return replace(result, part=share, num_complete=sink.num_complete, whole=sink.whole)
     return result
+
+
+def _sink(
+    target: str,
+    conversion: Conversion,
+    algorithm: str,
+    policy: str,
+    *,
+    share: Part | None,
+    overwrite: bool,
+    keep_same: bool,
+    resume: bool,
+    num_workers: int,
+    progress: Progress | None,
+    **upload: bool,
+) -> FolderSink | PartSink | HubSink:
+    """What takes the files: a branch on the Hub, a part of a folder, or a folder.
+
+    Args:
+        policy: what becomes of copies that differ; see `replicas.settle`.
+        share: which part, if it is one; for the other arguments see `convert`.
+    """
+    plan, facts = conversion.plan, source_facts(conversion.checkpoint)
+    if is_hub(target):
+        return HubSink(
+            parse_place(target),
+            plan,
+            facts,
+            algorithm,
+            overwrite=overwrite,
+            resume=resume,
+            num_workers=num_workers,
+            progress=progress,
+            **upload,
+        )
+    work = work_of_folder(plan, conversion.checkpoint.folder, algorithm, policy, facts)
+    if share is not None:
+        return PartSink(target, plan, facts, algorithm, part=share, work=work, resume=resume)
+
+    def unchanged(there: Mapping[str, Any]) -> bool:
+        return is_same(there, plan, facts, algorithm, num_workers=num_workers, progress=progress)
+
+    return FolderSink(
+        target,
+        plan,
+        facts,
+        algorithm,
+        work=work,
+        overwrite=overwrite,
+        resume=resume,
+        is_same=unchanged if keep_same else None,
+    )
 
 
 def plan_conversion(

@@ -120,10 +120,8 @@ def _reordered(
 ) -> LazyTensor:
     per_group, channels = architecture.heads_per_group, architecture.kv_channels
     rows = groups * (per_group + 2) * channels
-    if not tensor.shape or tensor.shape[0] != parts * rows:
-        return tensor  # `check_complete` says what is wrong with its shape
-    done = [_rank(part, order, groups, per_group, channels) for part in tensor.chunk(parts)]
-    return concat(done) if len(done) > 1 else done[0]
+    change = partial(_rank, order=order, groups=groups, per_group=per_group, channels=channels)
+    return _by_rank(tensor, parts, rows, change)
 
 
 def _pairs_reordered(
@@ -131,9 +129,17 @@ def _pairs_reordered(
 ) -> LazyTensor:
     """Rows of keys and values as [g, (1 key, 1 value), d]."""
     channels = architecture.kv_channels
-    if not tensor.shape or tensor.shape[0] != parts * groups * 2 * channels:
+    change = partial(_pair, order=order, groups=groups, channels=channels)
+    return _by_rank(tensor, parts, groups * 2 * channels, change)
+
+
+def _by_rank(
+    tensor: LazyTensor, parts: int, rows: int, change: Callable[[LazyTensor], LazyTensor]
+) -> LazyTensor:
+    """A tensor with each rank's rows changed."""
+    if not tensor.shape or tensor.shape[0] != parts * rows:
         return tensor  # `check_complete` says what is wrong with its shape
-    done = [_pair(part, order, groups, channels) for part in tensor.chunk(parts)]
+    done = [change(part) for part in tensor.chunk(parts)]
     return concat(done) if len(done) > 1 else done[0]
 
 

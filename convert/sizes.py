@@ -65,18 +65,21 @@ def read_shapes(shapes: Shapes) -> Sizes:
                 "tensors do not fit together",
                 found=f"{name}.weight for a width of {width}",
                 expected=f"{hidden}, the width of {_EMBEDDING}.weight",
+                fix="use files of one and the same run",
             )
     if fc1_rows not in (ffn, 2 * ffn):
         raise InconsistentError(
             "tensors do not fit together",
             found=f"{fc1_rows} rows in {_FC1}.weight, {ffn} columns in {_FC2}.weight",
             expected="as many, or twice as many with a gate",
+            fix="use files of one and the same run",
         )
     if qkv_rows <= attention or (qkv_rows - attention) % 2:
         raise InconsistentError(
             "tensors do not fit together",
             found=f"{qkv_rows} rows in {_QKV}.weight, {attention} columns in {_PROJ}.weight",
             expected="rows for the queries, and as many for keys as for values",
+            fix="use files of one and the same run",
         )
     norm = layer.get("self_attention.q_layernorm.weight")
     has_bias = f"{_QKV}.layer_norm_bias" in layer or "decoder.final_layernorm.bias" in shapes
@@ -124,6 +127,7 @@ def _layers(shapes: Shapes) -> list[dict[str, tuple[int, ...]]]:
             "layers are missing",
             found=f"layers {sorted(found)}",
             expected="all layers from 0",
+            fix="check that all files of the iteration were copied",
         )
     for number, layer in found.items():
         if layer != found[0]:
@@ -132,6 +136,7 @@ def _layers(shapes: Shapes) -> list[dict[str, tuple[int, ...]]]:
                 f"layers 0 and {number} differ",
                 found=f"{name} {_shape(layer.get(name))} in layer {number}",
                 expected=f"{_shape(found[0].get(name))}, as in layer 0",
+                fix="use files of one and the same run",
             )
     return [found[number] for number in range(len(found))]
 

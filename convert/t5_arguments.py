@@ -18,6 +18,7 @@ from collections.abc import Mapping
 
 from .architecture import Architecture
 from .argument_tables import Arguments
+from .argument_values import or_default
 from .errors import IncompleteError, LayoutError, UnsupportedError, UsageError
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -49,6 +50,8 @@ def t5_fields(a: Arguments, legacy: bool, shapes: Shapes | None) -> dict[str, ob
             "Megatron-LM's own T5 does not compute with a table of its own for the output",
             found="untie_embeddings_and_output_weights = True",
             expected="untie_embeddings_and_output_weights = False",
+            fix="give the checkpoint as Megatron-LM saved it, or correct the argument with "
+            "--set untie_embeddings_and_output_weights=False",
         )
     own_final = legacy or a.get("transformer_impl") != "local"
     return {
@@ -57,8 +60,8 @@ def t5_fields(a: Arguments, legacy: bool, shapes: Shapes | None) -> dict[str, ob
         "num_layers": _layers(a, "decoder", shapes),
         "final_layernorm": own_final if shapes is None else _has_final_norm(shapes),
         "qk_layernorm": False,
-        "relative_attention_num_buckets": _or(a, "relative_attention_num_buckets", 32),
-        "relative_attention_max_distance": _or(a, "relative_attention_max_distance", 128),
+        "relative_attention_num_buckets": or_default(a, "relative_attention_num_buckets", 32),
+        "relative_attention_max_distance": or_default(a, "relative_attention_max_distance", 128),
     }
 
 
@@ -82,11 +85,6 @@ def _layers(a: Arguments, stack: str, shapes: Shapes | None) -> object:
             f"--set {stack}_num_layers={found}",
         )
     return found
-
-
-def _or(a: Arguments, name: str, default: object) -> object:
-    value = a.get(name)
-    return default if value is None else value
 
 
 def stored_layers(a: Architecture) -> dict[str, object]:

@@ -66,6 +66,7 @@ def _count_layers(shard: Shard, stack: str, counts: dict[tuple[str, int, int], i
             f"{shard.where} skips layers; nothing was written",
             found=f"layers {sorted(found)}",
             expected=f"layers 0 to {len(found) - 1}",
+            fix="check that all files of the iteration were copied",
         )
     previous = counts.setdefault((stack, shard.vpp, shard.pp), len(found))
     if previous != len(found):
@@ -73,6 +74,7 @@ def _count_layers(shard: Shard, stack: str, counts: dict[tuple[str, int, int], i
             "ranks of one pipeline stage hold different numbers of layers",
             found=f"{len(found)} in {shard.where}",
             expected=str(previous),
+            fix="use files of one and the same run",
         )
 
 
@@ -115,7 +117,9 @@ def holders(shards: Iterable[Shard]) -> dict[str, list[Shard]]:
         raise MappingError(
             f"{len(unknown)} tensors are not part of any model mtt knows; nothing was written",
             found=shorten(unknown),
-            expected="the parameters of a GPT or a T5",
+            expected="the parameters of a GPT, a T5 or a BERT",
+            fix="report the names above if a released Megatron wrote them; --skip-key NAME leaves "
+            "out what the model works without",
         )
     return dict(held)
 
@@ -211,6 +215,7 @@ def _parts(name: str, shards: Sequence[Shard], count: int) -> tuple[list[Shard],
             f"{name} is incomplete; nothing was written",
             found=f"tensor-parallel ranks {[r for r, found in enumerate(ranks) if found]}",
             expected=f"also rank {missing[0]} of {count}",
+            fix="check that all files of the iteration were copied",
         )
     kinds = {(s.tensors[name].dtype, s.tensors[name].shape) for s in shards}
     if len(kinds) > 1:
@@ -218,6 +223,7 @@ def _parts(name: str, shards: Sequence[Shard], count: int) -> tuple[list[Shard],
             f"ranks disagree about {name}; nothing was written",
             found=" and ".join(sorted(f"{dtype} {list(shape)}" for dtype, shape in kinds)),
             expected="one dtype and one shape on all ranks",
+            fix="use files of one and the same run",
         )
     sets = [
         [found[min(number, len(found) - 1)] for found in ranks]

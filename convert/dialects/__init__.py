@@ -55,7 +55,8 @@ def detect(shards: Sequence[Shard]) -> Dialect:
             raise UnsupportedError(
                 f"the checkpoint has parameters of {kind}; mtt cannot convert those yet",
                 found=shorten(named, 4),
-                expected="a GPT or a T5",
+                expected="a GPT, a T5 or a BERT without them",
+                fix="leave them out where the model is trained; nothing is dropped silently",
             )
 
     def known(dialect: Dialect) -> int:

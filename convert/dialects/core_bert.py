@@ -11,18 +11,15 @@
 from __future__ import annotations
 
 from ..mapping import Rule, RuleTable
+from .core_te import same
 from .dialect import Dialect
 
 _IN, _OUT = "encoder.layers.{i}", "decoder.layers.{i}"
 _NORM_1, _NORM_2 = "self_attention.linear_qkv.layer_norm_{p}", "mlp.linear_fc1.layer_norm_{p}"
 
 
-def _same(*names: str) -> tuple[Rule, ...]:
-    return tuple(Rule(name, name) for name in names)
-
-
 RULES = RuleTable(
-    *_same(
+    *same(
         "embedding.word_embeddings.weight",
         "embedding.position_embeddings.weight",
         "embedding.tokentype_embeddings.weight",
@@ -41,7 +38,7 @@ RULES = RuleTable(
     Rule(f"{_IN}.input_layernorm.{{p}}", f"{_OUT}.{_NORM_1}", one_way=True),
     Rule(f"{_IN}.pre_mlp_layernorm.{{p}}", f"{_OUT}.{_NORM_2}", one_way=True),
     Rule("encoder.final_layernorm.{p}", "decoder.final_layernorm.{p}"),
-    *_same(
+    *same(
         "pooler.dense.{p}",
         "lm_head.dense.{p}",
         "lm_head.layer_norm.{p}",

@@ -24,14 +24,15 @@ NORM_1 = f"{LAYER}self_attention.linear_qkv.layer_norm_{{p}}"
 NORM_2 = f"{LAYER}mlp.linear_fc1.layer_norm_{{p}}"
 
 
-def _same(*names: str) -> tuple[Rule, ...]:
+def same(*names: str) -> tuple[Rule, ...]:
+    """Names that are spelled alike on either side."""
     return tuple(Rule(name, name) for name in names)
 
 
 def with_mtp(*rules: Rule) -> Iterator[Rule]:
     """The rules of a decoder layer, and those of the layers that predict further tokens."""
     yield from rules
-    yield from _same(
+    yield from same(
         "mtp.layers.{i}.enorm.{p}",
         "mtp.layers.{i}.hnorm.{p}",
         "mtp.layers.{i}.eh_proj.weight",
@@ -51,7 +52,7 @@ def with_mtp(*rules: Rule) -> Iterator[Rule]:
             if name != "target"
         }
         yield replace(rule, **{**texts, **newer}, one_way=True)
-    yield from _same("mtp.layers.{i}.final_layernorm.{p}")
+    yield from same("mtp.layers.{i}.final_layernorm.{p}")
 
 
 def of_encoder(*rules: Rule) -> Iterator[Rule]:
@@ -62,7 +63,7 @@ def of_encoder(*rules: Rule) -> Iterator[Rule]:
         )
 
 
-BEFORE = _same(
+BEFORE = same(
     "embedding.word_embeddings.weight",
     "embedding.position_embeddings.weight",
     "position_embeddings.weight",
@@ -70,7 +71,7 @@ BEFORE = _same(
     "decoder_relative_pos_emb.relative_attention_bias.weight",
 )
 # What every spec spells alike.
-ATTENTION = _same(
+ATTENTION = same(
     f"{LAYER}self_attention.linear_qkv.{{p}}",
     f"{LAYER}self_attention.linear_q_proj.weight",
     f"{LAYER}self_attention.linear_q_down_proj.weight",
@@ -79,7 +80,7 @@ ATTENTION = _same(
     f"{LAYER}self_attention.linear_kv_up_proj.weight",
     f"{LAYER}self_attention.linear_proj.{{p}}",
 )
-MLP = _same(
+MLP = same(
     f"{LAYER}mlp.linear_fc1.{{p}}",
     f"{LAYER}mlp.linear_fc2.{{p}}",
     f"{LAYER}mlp.router.weight",
@@ -90,20 +91,20 @@ MLP = _same(
     f"{LAYER}mlp.shared_experts.linear_fc2.{{p}}",
     f"{LAYER}mlp.shared_experts.gate_weight",
 )
-PLAIN_LAYER = _same(
+PLAIN_LAYER = same(
     f"{LAYER}self_attention.linear_qkv.{{p}}",
     f"{LAYER}self_attention.linear_proj.{{p}}",
     f"{LAYER}mlp.linear_fc1.{{p}}",
     f"{LAYER}mlp.linear_fc2.{{p}}",
 )
-AFTER_ENCODER = _same("encoder.final_layernorm.{p}")
-CROSS_ATTENTION = _same(
+AFTER_ENCODER = same("encoder.final_layernorm.{p}")
+CROSS_ATTENTION = same(
     f"{LAYER}pre_cross_attn_layernorm.{{p}}",
     f"{LAYER}cross_attention.linear_q.{{p}}",
     f"{LAYER}cross_attention.linear_kv.{{p}}",
     f"{LAYER}cross_attention.linear_proj.{{p}}",
 )
-AFTER = _same(
+AFTER = same(
     "decoder.final_layernorm.{p}",
     "output_layer.{p}",
     "lm_head.output_layer.{p}",
@@ -115,7 +116,7 @@ RULES = RuleTable(
     *with_mtp(
         Rule(NORM_1, NORM_1, unless=LATENT),
         Rule(f"{LAYER}input_layernorm.{{p}}", NORM_1, beside=LATENT),
-        *_same(
+        *same(
             f"{LAYER}self_attention.q_layernorm.{{p}}",
             f"{LAYER}self_attention.k_layernorm.{{p}}",
             f"{LAYER}self_attention.linear_q_up_proj.layer_norm_{{p}}",

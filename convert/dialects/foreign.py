@@ -71,6 +71,7 @@ def refuse(shards: Sequence[Shard], args: Mapping[str, object] | None = None) ->
             f"the model has {text[0]}, which mtt does not model; nothing was written",
             found=text[1],
             expected="a GPT, T5 or BERT, whose layers are attention and an MLP or experts",
+            fix="convert it with the tools of what trained it",
         )
 
 

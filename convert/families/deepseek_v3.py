@@ -14,7 +14,7 @@ from ..argument_tables import Neutral
 from ..errors import UnsupportedError
 from .expert_fields import ScoreFactor
 from .expert_layouts import BestTwo, FirstDense, SharedExperts, Sigmoids
-from .family import Family
+from .family import Family, Limit
 from .fields import Config, Field, Opposite, Rope, Same, Vocabulary, number
 from .further_tokens import FurtherTokens, as_stored, copies, numbered_rules
 from .llama import ACTIVATION, DEFAULTS, FIXED
@@ -38,6 +38,13 @@ ROUTED_DEFAULTS: dict[str, object] = {
     "norm_topk_prob": True,
     "n_shared_experts": 1,
 }
+ROUTED_LIMITS = (
+    Limit(
+        "moe_shared_expert_intermediate_size is no multiple of moe_ffn_hidden_size = "
+        "{moe_ffn_hidden_size}",
+        lambda a: (a.moe_shared_expert_intermediate_size or 0) % max(a.moe_ffn_hidden_size, 1) == 0,
+    ),
+)
 # What DeepSeek's own code looks at, and transformers does not.
 ROUTED_NEUTRAL = {
     "scoring_func": Neutral("scores that the class does not compute", ("sigmoid",)),
@@ -139,4 +146,5 @@ FAMILY = Family(
         "rms_norm_eps": Neutral("another epsilon than the class has for short vectors", (1e-6,)),
     },
     ignored=ROUTED_IGNORED,
+    limits=ROUTED_LIMITS,
 )

@@ -44,7 +44,10 @@ Tensors = Mapping[str, LazyTensor]
 
 @dataclass(frozen=True, slots=True)
 class Limit:
-    """What a class asks for that no field says, and what a user can do about it."""
+    """What a class asks for that no field says, and what a user can do about it.
+
+    The text may name fields of the architecture in braces: their values are told.
+    """
 
     text: str
     holds: Callable[[Architecture], bool]
@@ -115,8 +118,15 @@ class Family:
         values = {**self.defaults, **config}
         self._refuse(values)
         facts: dict[str, object] = {}
-        for line in self.fields:
-            facts |= line.read(values)
+        try:
+            for line in self.fields:
+                facts |= line.read(values)
+        except UnsupportedError as error:
+            error.fix = error.fix or (
+                f"correct config.json if it is wrong: mtt converts a {self.name} only with what "
+                "is expected"
+            )
+            raise
         for name, value in self.fixed.items():
             facts[name] = value(facts) if callable(value) else value
         facts.setdefault("params_dtype", _dtype(config))
@@ -165,7 +175,11 @@ class Family:
         """What keeps the class from computing an architecture; nothing if it does, exactly."""
         if architecture.kind != self.kind:
             return (f"kind = {architecture.kind}",)
-        found = [limit.text for limit in self.limits if not limit.holds(architecture)]
+        found = [
+            limit.text.format_map(vars(architecture))
+            for limit in self.limits
+            if not limit.holds(architecture)
+        ]
         wanted = architecture.forward_pass()
         try:
             back = self.architecture(self._write(architecture)).forward_pass()

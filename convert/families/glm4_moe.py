@@ -12,6 +12,7 @@ from .deepseek_v3 import (
     ROUTED_DEFAULTS,
     ROUTED_FIXED,
     ROUTED_IGNORED,
+    ROUTED_LIMITS,
     ROUTED_NEUTRAL,
 )
 from .family import Family
@@ -61,4 +62,5 @@ FAMILY = Family(
     },
     neutral={**ROUTED_NEUTRAL, "mlp_bias": NO_BIASES["mlp_bias"]},
     ignored=ROUTED_IGNORED,
+    limits=ROUTED_LIMITS,
 )

@@ -15,7 +15,7 @@ from .expert_fields import (
     SparseLayers,
 )
 from .family import Family
-from .fields import Choice, LayerWindows, Opposite, Rope, Same, Vocabulary, head_size
+from .fields import Choice, Field, LayerWindows, Opposite, Rope, Same, Vocabulary, head_size
 from .names import decoder_rules
 
 
@@ -27,6 +27,36 @@ def _is_latent(a: Architecture) -> bool:
     return a.multi_latent_attention
 
 
+# What is said of a decoder and of an encoder-decoder alike: widths, what a layer is, training.
+WIDTHS: tuple[Field, ...] = (
+    Vocabulary(),
+    Same("hidden_size", "hidden_size"),
+    Same("intermediate_size", "ffn_hidden_size"),
+)
+LAYERS: tuple[Field, ...] = (
+    Same("num_attention_heads", "num_attention_heads"),
+    Same("num_key_value_heads", "num_query_groups", lambda c: c.get("num_attention_heads")),
+    Same("head_dim", "kv_channels", head_size),
+    Choice(
+        "hidden_act",
+        "activation",
+        {
+            "gelu": "gelu",
+            "gelu_pytorch_tanh": "gelu_tanh",
+            "silu": "silu",
+            "relu2": "squared_relu",
+        },
+    ),
+    Same("gated_mlp", "gated_linear_unit"),
+    Choice("norm_type", "normalization", {"layernorm": "LayerNorm", "rmsnorm": "RMSNorm"}),
+    Same("norm_eps", "layernorm_epsilon"),
+    Same("zero_centered_norm", "layernorm_zero_centered_gamma"),
+)
+TRAINING: tuple[Field, ...] = (
+    Same("attention_dropout", "attention_dropout"),
+    Same("hidden_dropout", "hidden_dropout"),
+    Same("initializer_range", "init_method_std"),
+)
 EXPERTS = Only(
     "num_experts",
     _has_experts,
@@ -76,27 +106,9 @@ FAMILY = Family(
     code="modeling_mtt",
     rules=partial(decoder_rules, mtp=True),
     fields=(
-        Vocabulary(),
-        Same("hidden_size", "hidden_size"),
-        Same("intermediate_size", "ffn_hidden_size"),
+        *WIDTHS,
         Same("num_hidden_layers", "num_layers"),
-        Same("num_attention_heads", "num_attention_heads"),
-        Same("num_key_value_heads", "num_query_groups", lambda c: c.get("num_attention_heads")),
-        Same("head_dim", "kv_channels", head_size),
-        Choice(
-            "hidden_act",
-            "activation",
-            {
-                "gelu": "gelu",
-                "gelu_pytorch_tanh": "gelu_tanh",
-                "silu": "silu",
-                "relu2": "squared_relu",
-            },
-        ),
-        Same("gated_mlp", "gated_linear_unit"),
-        Choice("norm_type", "normalization", {"layernorm": "LayerNorm", "rmsnorm": "RMSNorm"}),
-        Same("norm_eps", "layernorm_epsilon"),
-        Same("zero_centered_norm", "layernorm_zero_centered_gamma"),
+        *LAYERS,
         Choice(
             "position_embedding_type",
             "position_embedding_type",
@@ -119,9 +131,7 @@ FAMILY = Family(
         Same("shared_layernorm", "shared_layernorm"),
         Same("embedding_norm", "embedding_norm"),
         Opposite("tie_word_embeddings", "untie_embeddings_and_output_weights"),
-        Same("attention_dropout", "attention_dropout"),
-        Same("hidden_dropout", "hidden_dropout"),
-        Same("initializer_range", "init_method_std"),
+        *TRAINING,
         EXPERTS,
         LATENT_ATTENTION,
         FURTHER_TOKENS,

@@ -11,7 +11,8 @@ from ..argument_tables import Neutral
 from ..mapping import Rule, RuleTable
 from ..ops import SplitGated, SplitKV, SplitQKV, TrimVocab
 from .family import Family
-from .fields import Choice, Rope, Same, Vocabulary, head_size
+from .fields import Choice, Rope, Same
+from .mtt import LAYERS, TRAINING, WIDTHS
 
 _SELF = "self_attention"
 
@@ -96,28 +97,10 @@ FAMILY = Family(
     auto_class="AutoModelForSeq2SeqLM",
     rules=_rules,
     fields=(
-        Vocabulary(),
-        Same("hidden_size", "hidden_size"),
-        Same("intermediate_size", "ffn_hidden_size"),
+        *WIDTHS,
         Same("num_encoder_layers", "encoder_num_layers"),
         Same("num_decoder_layers", "num_layers"),
-        Same("num_attention_heads", "num_attention_heads"),
-        Same("num_key_value_heads", "num_query_groups", lambda c: c.get("num_attention_heads")),
-        Same("head_dim", "kv_channels", head_size),
-        Choice(
-            "hidden_act",
-            "activation",
-            {
-                "gelu": "gelu",
-                "gelu_pytorch_tanh": "gelu_tanh",
-                "silu": "silu",
-                "relu2": "squared_relu",
-            },
-        ),
-        Same("gated_mlp", "gated_linear_unit"),
-        Choice("norm_type", "normalization", {"layernorm": "LayerNorm", "rmsnorm": "RMSNorm"}),
-        Same("norm_eps", "layernorm_epsilon"),
-        Same("zero_centered_norm", "layernorm_zero_centered_gamma"),
+        *LAYERS,
         Same("final_norm", "final_layernorm"),
         Choice(
             "position_embedding_type",
@@ -139,9 +122,7 @@ FAMILY = Family(
             "untie_embeddings_and_output_weights",
             {(True, True): False, (False, False): True},
         ),
-        Same("attention_dropout", "attention_dropout"),
-        Same("hidden_dropout", "hidden_dropout"),
-        Same("initializer_range", "init_method_std"),
+        *TRAINING,
     ),
     fixed={"kind": "t5"},
     defaults={

@@ -50,6 +50,7 @@ def unstacked(
                 "experts are stored twice",
                 found=f"{min(twice)}, and the same in {name}",
                 expected="one of them",
+                fix="remove the files of one of the two",
             )
         found |= parts
     return found

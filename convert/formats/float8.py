@@ -43,6 +43,7 @@ _BLOCK, _MX_BLOCK = 128, 32
 _OLD_CODES = {6: _E4M3, 7: _E5M2}
 _CODES = {6: _E4M3, 7: _E4M3, 8: _E5M2}
 _SCALE = "_scale_inv"
+_AGAIN = "copy the files again from where they were written"
 METHOD = "fp8"
 """`quant_method` of a `config.json`."""
 
@@ -87,6 +88,7 @@ def _whole(args: Sequence[object]) -> LazyTensor:
             "a weight in 8 bits has several scales",
             found=str(list(scale.shape)),
             expected="one",
+            fix=_AGAIN,
         )
     size = max(prod(stored.shape), 1)
     return _scaled(stored, _as_matrix(scale), (size, size), dtype, shape)
@@ -185,14 +187,19 @@ def _scaled(
 ) -> LazyTensor:
     """Values times scales, once they fit together."""
     if not isinstance(dtype, DType) or not dtype.is_floating:
-        raise CorruptError("a weight in 8 bits stands for no element type", found=str(dtype))
+        raise CorruptError(
+            "a weight in 8 bits stands for no element type", found=str(dtype), fix=_AGAIN
+        )
     if shape is not None and shape != values.shape:
         raise CorruptError(
             "a weight in 8 bits has another shape than its values",
             found=f"{shape} and {list(values.shape)}",
+            fix=_AGAIN,
         )
     if not values.num_elements or not values.shape:
-        raise CorruptError("a weight in 8 bits has no elements", found=str(list(values.shape)))
+        raise CorruptError(
+            "a weight in 8 bits has no elements", found=str(list(values.shape)), fix=_AGAIN
+        )
     rows, columns = _matrix(values.shape)
     needed = (-(-rows // block[0]), -(-columns // block[1]))
     if len(scales.shape) != 2 or any(a < b for a, b in zip(scales.shape, needed, strict=True)):
@@ -200,6 +207,7 @@ def _scaled(
             "the scales of a weight in 8 bits do not cover it",
             found=f"{list(scales.shape)} scales for {list(values.shape)}",
             expected=f"at least {list(needed)}",
+            fix=_AGAIN,
         )
     return scaled(values, scales.part(((0, 0), needed)), block, dtype)
 

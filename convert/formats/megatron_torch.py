@@ -205,6 +205,7 @@ def _encoder_stages(args: Mapping[str, object] | None, tp: int) -> int:
             "encoder and decoder are divided over different numbers of ranks",
             found=f"encoder_tensor_model_parallel_size = {ranks}",
             expected=f"tensor_model_parallel_size = {tp} for both",
+            fix="save it again with one size for both",
         )
     return stages
 

@@ -134,6 +134,7 @@ def test_in_memory(golden: Golden, tmp_path: Path) -> None:
     left, right = direct.state_dict(), saved.state_dict()
     assert left.keys() == right.keys() and all(torch.equal(left[n], right[n]) for n in left)
     assert direct.cls.predictions.decoder.weight is direct.bert.embeddings.word_embeddings.weight
+    assert from_megatron(golden(BERT), hidden_dropout_prob=0.25).config.hidden_dropout_prob == 0.25
     with pytest.raises(TypeError, match="gated_mlp"):
         from_megatron(golden(BERT), tokenizer="none", gated_mlp=True)
     with pytest.raises(UsageError, match="cannot be split"):
@@ -405,6 +406,15 @@ def test_the_card(kind: str, golden: Golden, tmp_path: Path) -> None:
     printed: list[object] = []
     exec(code.replace("FOLDER", str(tmp_path / "hf")), {"print": printed.append})
     assert len(printed) == 1 and isinstance(printed[0], str)
+
+
+@pytest.mark.parametrize("model_type", ["mtt", "megatron-bert", "auto"])
+def test_mtt_has_no_class_of_its_own(model_type: str, golden: Golden, tmp_path: Path) -> None:
+    options = {"tokenizer": "none", "model_type": model_type}
+    conversion = mtt_convert.convert(golden(BERT), tmp_path / "hf", **options).conversion
+    assert conversion.model_type == "megatron-bert"
+    said = [text for text in conversion.warnings if "--model-type megatron-bert" in text]
+    assert len(said) == (model_type == "mtt")
 
 
 def test_inspect(golden: Golden) -> None:
