@@ -204,10 +204,7 @@ class PartSink:
         beginning = f"{self._state}.{self._claim.token}"
         os.makedirs(beginning)
         try:
-            with open(os.path.join(beginning, _PLAN), "wb") as file:
-                file.write(document(plan))
-                file.flush()
-                os.fsync(file.fileno())
+            write_document(beginning, _PLAN, document(plan), keeps=True)
             try:
                 os.rename(beginning, self._state)
             except OSError:
