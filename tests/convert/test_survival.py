@@ -191,6 +191,32 @@ def test_a_finished_conversion_is_not_read_again(place: Path) -> None:
     assert {path: path.stat() for path in out.rglob("*")} == before
 
 
+def test_a_finished_folder_that_may_only_be_read(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With nothing to write no lock is needed; with anything, it says what is in the way."""
+    mtt_convert.convert(SAMPLE, place / "out", **HF)
+
+    def refuse(*args: object, **options: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    real = os.open
+    monkeypatch.setattr(
+        os,
+        "open",
+        lambda path, flags, *a, **o: (refuse if flags & 3 else real)(path, flags, *a, **o),
+    )
+    for name in ("replace", "rename", "unlink", "rmdir", "mkdir"):
+        monkeypatch.setattr(os, name, refuse)
+    for again in ({"resume": True}, {"keep_same": True}):
+        assert mtt_convert.convert(SAMPLE, place / "out", **HF, **again).unchanged
+    for other in ({}, {"overwrite": True}, {"resume": True, "dtype": "float16"}):
+        with pytest.raises(TargetError, match="cannot be written"):
+            mtt_convert.convert(SAMPLE, place / "out", **HF, **other)
+    monkeypatch.undo()
+    assert verify(place / "out").problems == ()
+
+
 @pytest.mark.parametrize(
     "change",
     [
