@@ -129,7 +129,7 @@ class FolderSink:
                 self._replace(present)
         check_space(self.folder, self.pending)
         if not self.unchanged:
-            manifest.write(self.folder, self.manifest, keeps=self._resume)
+            self._note()
             self._written.append(manifest.NAME)
 
     def _listing(self) -> list[str]:
@@ -318,13 +318,10 @@ class FolderSink:
             CorruptError: a file that it came from was changed meanwhile.
         """
         self._watch.check(file)
-        self._writer.seal(file)
-        with self._writer.mutex:
-            try:
-                manifest.write(self.folder, self.manifest, keeps=self._resume)
-            except OSError as error:
-                raise target_error(self.folder, error, keeps=self._resume) from error
-        self._writer.publish(file)
+        self._writer.complete(file, self._note)
+
+    def _note(self) -> None:
+        manifest.write(self.folder, self.manifest, keeps=self._resume)
 
     def finish(self) -> None:
         """Write the documents; from here on the folder is whole.
@@ -344,7 +341,7 @@ class FolderSink:
             self.manifest["status"] = "complete"
             for note in _NOTES:
                 del self.manifest[note]
-            manifest.write(self.folder, self.manifest, keeps=self._resume)
+            self._note()
             self.whole = True
             self._drop_replaced()
         except OSError as error:
