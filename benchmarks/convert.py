@@ -18,10 +18,10 @@ of cp       speed / speed of the `cp -r` of the same turn: 1.2 is 1.2 times as f
 marginal    (large - small bytes) / (large - small time): start-up taken away; and of cp
 peak        the largest VmHWM of the process and those it starts, in MB; `above` the imports alone
 temporary   the most on the disk beyond the output itself, in MB
-exit        exit status; a line whose process failed has no speed
+exit        exit status, of either conversion; a line with one that failed has no speed
 
-Exit status 1: a conversion failed, gave other bytes in another turn, or took more memory than
-256 MB per worker.
+Exit status 1: a conversion failed, the small one too, gave other bytes in another turn, or took
+more memory than 256 MB per worker. A `cp` that fails ends everything: the disk is full, probably.
 """
 
 from __future__ import annotations
@@ -126,14 +126,14 @@ def run_case(
     turns = []
     for _ in range(args.pairs if case.peer is None else min(args.pairs, PEER_PAIRS)):
         turns.append(take_turn(case, work, args.attempts))
-        if turns[-1]["large"].status:
+        if failure(turns[-1]):
             break
     shutil.rmtree(work / "out", ignore_errors=True)
     size, narrow = model.num_bytes / 1e9, model.narrow.num_bytes / 1e9
     found: dict[str, list[float]] = {"gb_s": [], "of_cp": [], "marginal": [], "marginal_of_cp": []}
     for turn in turns:
         cp, large, small = (turn[name].seconds for name in ("cp", "large", "small"))
-        if turn["large"].status == 0:
+        if not failure(turn):
             found["gb_s"].append(size / large)
             found["of_cp"].append(cp / large)
             found["marginal"].append((size - narrow) / (large - small))
@@ -150,7 +150,7 @@ def run_case(
         "above_mb": peak - baseline_mb,
         "bound_mb": bound,
         "temporary_mb": max(turn["large"].temporary_mb for turn in turns),
-        "status": max((turn["large"].status for turn in turns), key=abs),
+        "status": max(map(failure, turns), key=abs),
         "by_others": max(turn["large"].by_others for turn in turns),
         "hashes": sorted({turn["hash"] for turn in turns}),
         "small_seconds": statistics.median(turn["small"].seconds for turn in turns),
@@ -173,11 +173,13 @@ def take_turn(case: Case, work: Path, attempts: int) -> dict[str, Any]:
             wait_until_quiet()
         turn: dict[str, Any] = {}
         turn["cp"] = measure([str(shutil.which("cp")), "-r", str(large), str(out)], out)
+        if turn["cp"].status:
+            raise SystemExit(f"error: cp -r ended with {turn['cp'].status}")
         turn["large"] = run(case, large, out)
         turn["hash"] = tensor_hashes(out)
         turn["small"] = run(case, small, out)
         noise = max(turn[name].by_others for name in ("cp", "large"))
-        if case.peer is not None or turn["large"].status:  # a peer's helpers are not known
+        if case.peer is not None or failure(turn):  # a peer's helpers are not known
             return turn
         if best is None or noise < best[0]:
             best = noise, turn
@@ -185,6 +187,11 @@ def take_turn(case: Case, work: Path, attempts: int) -> dict[str, Any]:
             break
     assert best is not None
     return best[1]
+
+
+def failure(turn: dict[str, Any]) -> int:
+    """The exit status of a conversion of a turn that failed, or 0."""
+    return turn["large"].status or turn["small"].status
 
 
 def run(case: Case, source: Path, out: Path) -> Run:

@@ -204,10 +204,7 @@ class PartSink:
         beginning = f"{self._state}.{self._claim.token}"
         os.makedirs(beginning)
         try:
-            with open(os.path.join(beginning, _PLAN), "wb") as file:
-                file.write(document(plan))
-                file.flush()
-                os.fsync(file.fileno())
+            write_document(beginning, _PLAN, document(plan), keeps=True)
             try:
                 os.rename(beginning, self._state)
             except OSError:
@@ -240,6 +237,15 @@ class PartSink:
     def _note(self) -> None:
         name = self._state_name(self._part.number)
         manifest.write(self._state, self.manifest, name, suffix=self._writer.suffix, keeps=True)
+
+    def _note_as_holder(self) -> None:
+        """The same, unless another run has the part by now.
+
+        Raises:
+            TargetError: it has.
+        """
+        self._claim.check()
+        self._note()
 
     def _keep_finished(self, there: dict[str, Any]) -> None:
         """Keep what an earlier run of this part finished, and remove the rest of it."""
@@ -282,14 +288,7 @@ class PartSink:
             CorruptError: a file that it came from was changed meanwhile.
         """
         self._watch.check(file)
-        self._writer.seal(file)
-        with self._writer.mutex:
-            try:
-                self._claim.check()
-                self._note()
-            except OSError as error:
-                raise target_error(self.folder, error, keeps=True) from error
-        self._writer.publish(file)
+        self._writer.complete(file, self._note_as_holder)
 
     def finish(self) -> None:
         """Note that this part is complete; if all are, write what they share.
@@ -302,9 +301,8 @@ class PartSink:
             return
         self._watch.check()
         try:
-            self._claim.check()
             self.manifest["status"] = "complete"
-            self._note()
+            self._note_as_holder()
             # After a change of its own a client of a network file system looks anew.
             states = [self._read_state(number) for number in range(1, self._part.count + 1)]
             complete = [state for state in states if state and state["status"] == "complete"]

@@ -114,7 +114,13 @@ class FolderSink:
             self._made_folders.append(parent)
             parent = os.path.dirname(parent)
         os.makedirs(self.folder, exist_ok=True)
-        self._lock.take()
+        try:
+            self._lock.take()
+        except OSError:  # a folder that may only be read needs no lock if nothing is missing
+            if not (self._was_finished() or self._is_same(self._listing())):
+                raise
+            self.whole = True
+            return
         shutil.rmtree(os.path.join(self.folder, _GONE), ignore_errors=True)
         if present := self._listing():
             if self._goes_on(present) or self._is_same(present):
@@ -123,7 +129,7 @@ class FolderSink:
                 self._replace(present)
         check_space(self.folder, self.pending)
         if not self.unchanged:
-            manifest.write(self.folder, self.manifest, keeps=self._resume)
+            self._note()
             self._written.append(manifest.NAME)
 
     def _listing(self) -> list[str]:
@@ -150,15 +156,11 @@ class FolderSink:
         """
         if not self._resume or manifest.NAME not in present:
             return False
+        if self._was_finished():
+            self._drop_replaced()
+            return True
         there = manifest.read(self.folder)
-        if there["status"] == "complete" and not self._overwrite:
-            source = self.manifest["source"]
-            same = is_same_plan(there, self._plan, source, self._algorithm)
-            if same and is_whole(self.folder, there):
-                self._take_over(there)
-                self._drop_replaced()
-                return True
-        elif there["status"] == "running" and there.get("work") == self.manifest["work"]:
+        if there["status"] == "running" and there.get("work") == self.manifest["work"]:
             self._keep_finished(there)
             return True
         if self._overwrite:
@@ -169,6 +171,17 @@ class FolderSink:
             expected="the command that was interrupted, on the same files",
             fix="choose another folder, or add --overwrite to begin again",
         )
+
+    def _was_finished(self) -> bool:
+        """Whether all of this run was done here before; `manifest` is the folder's own then."""
+        if not self._resume or self._overwrite or not self._present({manifest.NAME}):
+            return False
+        there = manifest.read(self.folder)
+        source = self.manifest["source"]
+        same = is_same_plan(there, self._plan, source, self._algorithm)
+        if same and is_whole(self.folder, there):
+            self._take_over(there)
+        return self.unchanged
 
     def _keep_finished(self, there: dict[str, Any]) -> None:
         """Keep what a run finished that ended too early, and remove the rest of it."""
@@ -305,13 +318,10 @@ class FolderSink:
             CorruptError: a file that it came from was changed meanwhile.
         """
         self._watch.check(file)
-        self._writer.seal(file)
-        with self._writer.mutex:
-            try:
-                manifest.write(self.folder, self.manifest, keeps=self._resume)
-            except OSError as error:
-                raise target_error(self.folder, error, keeps=self._resume) from error
-        self._writer.publish(file)
+        self._writer.complete(file, self._note)
+
+    def _note(self) -> None:
+        manifest.write(self.folder, self.manifest, keeps=self._resume)
 
     def finish(self) -> None:
         """Write the documents; from here on the folder is whole.
@@ -331,7 +341,7 @@ class FolderSink:
             self.manifest["status"] = "complete"
             for note in _NOTES:
                 del self.manifest[note]
-            manifest.write(self.folder, self.manifest, keeps=self._resume)
+            self._note()
             self.whole = True
             self._drop_replaced()
         except OSError as error:

@@ -16,6 +16,7 @@ import fcntl
 import os
 import threading
 from collections import Counter
+from collections.abc import Callable
 from operator import itemgetter
 from typing import Any
 
@@ -36,7 +37,6 @@ class FileWriter:
 
     Attributes:
         begun: names of files that were opened.
-        mutex: held while a file changes its name.
         suffix: what their names end with meanwhile.
     """
 
@@ -44,7 +44,7 @@ class FileWriter:
         self, folder: str, record: dict[str, Any], suffix: str = ".part", keeps: bool = False
     ) -> None:
         self.begun: list[str] = []
-        self.mutex = threading.Lock()
+        self._mutex = threading.Lock()
         self.suffix = suffix
         self._folder, self._record, self._keeps = folder, record, keeps
         self._open: dict[str, int] = {}
@@ -78,7 +78,7 @@ class FileWriter:
                 page_cache.give_back(descriptor)
 
     def _descriptor(self, file: PlannedFile) -> int:
-        with self.mutex:
+        with self._mutex:
             assert not self._closed, file.name
             if file.name not in self._open:
                 path = os.path.join(self._folder, file.name + self.suffix)
@@ -95,7 +95,7 @@ class FileWriter:
     def tensor_done(self, file: PlannedFile, tensor: PlannedTensor, digest: str) -> None:
         """Note a tensor's hash, and its checksum where the file asks for it."""
         self._descriptor(file)
-        with self.mutex:
+        with self._mutex:
             checksum = self._checksums.pop((file.name, tensor.name), 0)
             for position in tensor.checksum_at:
                 number = bisect.bisect_right(file.fixed, position, key=itemgetter(0)) - 1
@@ -104,23 +104,31 @@ class FileWriter:
                 self._fixed[file.name][number][place] = checksum.to_bytes(4, "little")
         self._record["files"][file.name]["tensors"][tensor.name] = digest
 
-    def complete(self, file: PlannedFile) -> None:
-        """`seal` it and `publish` it.
+    def complete(self, file: PlannedFile, note: Callable[[], None] | None = None) -> None:
+        """Write what stands between the tensors, and give the file its name.
+
+        Args:
+            file: all its tensors are written.
+            note: called between the two, one file at a time: the record says by then that it is
+                complete.
 
         Raises:
             TargetError: the disk is full or the folder not writable.
         """
-        self.seal(file)
-        self.publish(file)
+        self._seal(file)
+        path = os.path.join(self._folder, file.name)
+        with self._mutex:
+            try:
+                if note is not None:
+                    note()
+                os.replace(path + self.suffix, path)
+            except OSError as error:
+                raise self._error(error) from error
 
-    def seal(self, file: PlannedFile) -> None:
-        """Write what stands between the tensors, and note its hash; nothing is missing then.
-
-        Raises:
-            TargetError: the disk is full or the folder not writable.
-        """
+    def _seal(self, file: PlannedFile) -> None:
+        """Write what stands between the tensors, and note its hash; nothing is missing then."""
         descriptor = self._descriptor(file)
-        with self.mutex:
+        with self._mutex:
             try:
                 fixed = self._fixed.pop(file.name)
                 for (position, _), data in zip(file.fixed, fixed, strict=True):
@@ -140,25 +148,12 @@ class FileWriter:
         entry["header"] = manifest.digest(b"".join(fixed), self._record["hash"])
         entry["status"] = "complete"
 
-    def publish(self, file: PlannedFile) -> None:
-        """Give a sealed file its name.
-
-        Raises:
-            TargetError: the folder is not writable.
-        """
-        path = os.path.join(self._folder, file.name)
-        with self.mutex:
-            try:
-                os.replace(path + self.suffix, path)
-            except OSError as error:
-                raise self._error(error) from error
-
     def _error(self, error: OSError) -> TargetError:
         return target_error(self._folder, error, keeps=self._keeps)
 
     def close(self) -> None:
         """Close what is still open; nothing is written after it."""
-        with self.mutex:
+        with self._mutex:
             self._closed = True
             for descriptor in self._open.values():
                 os.close(descriptor)

@@ -47,12 +47,6 @@ def root(golden: Golden, tmp_path: Path) -> Path:
     return copy_of(golden, TORCH, tmp_path)
 
 
-@pytest.fixture
-def out(tmp_path: Path) -> Path:
-    """The output folder, not there yet."""
-    return tmp_path / "out"
-
-
 def _says(expected: str, code: int, *arguments: object) -> None:
     """The command prints exactly this on stderr, and nothing on stdout."""
     got, printed, err = run(*arguments)

@@ -14,10 +14,9 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,26 +26,11 @@ import mtt_convert
 from mtt_convert import CorruptError, MTTError, SourceError, TargetError, UsageError, verify
 from mtt_convert.claims import boot_id
 from tests.convert.dying import contents, weights
+from tests.convert.sample_targets import HF, MANIFEST, ROOT, SAMPLE, TARGETS, TRACKER, WORDS
 from tests.convert.surgery import run, snapshot
 
-ROOT = Path(__file__).resolve().parents[2]
-SAMPLE = ROOT / "convert" / "sample"
-MANIFEST, TRACKER = "mtt_manifest.json", "latest_checkpointed_iteration.txt"
-HF: dict[str, Any] = {"max_shard_size": "100KB"}
-TORCH: dict[str, Any] = {"to": "torch", "tp": 2, "pp": 2}
-TORCH_DIST: dict[str, Any] = {"to": "torch_dist", "tp": 2, "pp": 2, "max_shard_size": "100KB"}
-TARGETS = {"hf": HF, "torch": TORCH, "torch_dist": TORCH_DIST}
-WORDS = ("--max-shard-size", "100KB")
+TORCH, TORCH_DIST = TARGETS["torch"], TARGETS["torch_dist"]
 PARTS = [{"part": f"{number}/3"} for number in (1, 2, 3)]
-RAM_DISK = "/dev/shm"
-
-
-@pytest.fixture
-def place() -> Iterator[Path]:
-    """A folder where bringing files to the disk costs nothing."""
-    parent = RAM_DISK if os.access(RAM_DISK, os.W_OK) else None
-    with tempfile.TemporaryDirectory(prefix="mtt-tests-", dir=parent) as folder:
-        yield Path(folder)
 
 
 @pytest.fixture
@@ -54,15 +38,6 @@ def source(tmp_path: Path) -> Path:
     """A checkpoint to be changed."""
     ignored = shutil.ignore_patterns("*.py", "*.md")
     return Path(shutil.copytree(SAMPLE, tmp_path / "checkpoint", ignore=ignored))
-
-
-@pytest.fixture(scope="module")
-def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The sample in every target format; not to be changed."""
-    folder = tmp_path_factory.mktemp("expected")
-    for name, options in TARGETS.items():
-        mtt_convert.convert(SAMPLE, folder / name, **options)
-    return {name: folder / name for name in TARGETS}
 
 
 # Killed
@@ -114,7 +89,9 @@ SLOW = """
 
 
 @pytest.mark.parametrize("more", [(), ("--resume",), ("--part", "1/1")], ids=" ".join)
-def test_a_real_kill_9(more: tuple[str, ...], place: Path, expected: dict[str, Path]) -> None:
+def test_a_real_kill_9(
+    more: tuple[str, ...], place: Path, expected_folders: dict[str, Path]
+) -> None:
     """At a random moment after the first file, two times after each other."""
     out, script = place / "out", "\n".join(line[4:] for line in SLOW.splitlines())
     command = [sys.executable, "-c", script, "convert", str(SAMPLE), str(out), *WORDS, *more]
@@ -128,13 +105,13 @@ def test_a_real_kill_9(more: tuple[str, ...], place: Path, expected: dict[str, P
     process.communicate()
     assert process.returncode == -signal.SIGKILL
     assert not (out / "config.json").exists()
-    record = json.loads((expected["hf"] / MANIFEST).read_bytes())
+    record = json.loads((expected_folders["hf"] / MANIFEST).read_bytes())
     kept = weights(out, record)
     again = [word for word in more if word != "--resume"]
     code, _, err = run("convert", SAMPLE, out, *WORDS, *again, "--resume")
     assert code == 0, err
     assert kept and all(weights(out, record)[name] == kept[name] for name in kept)
-    assert contents(out) == contents(expected["hf"])
+    assert contents(out) == contents(expected_folders["hf"])
     assert verify(out).problems == ()
 
 
@@ -151,10 +128,10 @@ def _stopped(source: Path, out: Path, after: float, **options: Any) -> None:
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_a_run_of_resume_that_fails_keeps_what_it_finished(
-    target: str, source: Path, place: Path, expected: dict[str, Path]
+    target: str, source: Path, place: Path, expected_folders: dict[str, Path]
 ) -> None:
     out, options = place / "out", TARGETS[target]
-    record = json.loads((expected[target] / MANIFEST).read_bytes())
+    record = json.loads((expected_folders[target] / MANIFEST).read_bytes())
     _stopped(source, out, 0.6, **options)
     kept = weights(out, record)
     assert 0 < len(kept) < len(record["files"])
@@ -162,15 +139,15 @@ def test_a_run_of_resume_that_fails_keeps_what_it_finished(
     assert not {"config.json", TRACKER, ".mtt.lock"} & set(contents(out))
     result = mtt_convert.convert(source, out, resume=True, **options)
     assert 0 < result.num_bytes < sum(file["bytes"] for file in record["files"].values())
-    assert contents(out) == contents(expected[target])
+    assert contents(out) == contents(expected_folders[target])
     assert all(weights(out, record)[name] == facts for name, facts in kept.items())
 
 
-def test_nothing_to_resume_is_a_beginning(place: Path, expected: dict[str, Path]) -> None:
+def test_nothing_to_resume_is_a_beginning(place: Path, expected_folders: dict[str, Path]) -> None:
     for out in (place / "new", place / "empty"):
         (place / "empty").mkdir(exist_ok=True)
         mtt_convert.convert(SAMPLE, out, resume=True, **HF)
-        assert contents(out) == contents(expected["hf"])
+        assert contents(out) == contents(expected_folders["hf"])
 
 
 def test_a_first_run_that_fails_leaves_nothing(place: Path) -> None:
@@ -189,6 +166,32 @@ def test_a_finished_conversion_is_not_read_again(place: Path) -> None:
     )
     assert result.unchanged and calls == []
     assert {path: path.stat() for path in out.rglob("*")} == before
+
+
+def test_a_finished_folder_that_may_only_be_read(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With nothing to write no lock is needed; with anything, it says what is in the way."""
+    mtt_convert.convert(SAMPLE, place / "out", **HF)
+
+    def refuse(*args: object, **options: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    real = os.open
+    monkeypatch.setattr(
+        os,
+        "open",
+        lambda path, flags, *a, **o: (refuse if flags & 3 else real)(path, flags, *a, **o),
+    )
+    for name in ("replace", "rename", "unlink", "rmdir", "mkdir"):
+        monkeypatch.setattr(os, name, refuse)
+    for again in ({"resume": True}, {"keep_same": True}):
+        assert mtt_convert.convert(SAMPLE, place / "out", **HF, **again).unchanged
+    for other in ({}, {"overwrite": True}, {"resume": True, "dtype": "float16"}):
+        with pytest.raises(TargetError, match="cannot be written"):
+            mtt_convert.convert(SAMPLE, place / "out", **HF, **other)
+    monkeypatch.undo()
+    assert verify(place / "out").problems == ()
 
 
 @pytest.mark.parametrize(
@@ -219,21 +222,21 @@ def test_another_conversion_is_not_resumed(
 
 
 def test_the_same_source_by_another_path_is_resumed(
-    source: Path, place: Path, expected: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    source: Path, place: Path, expected_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Machines may have it in different places."""
     _stopped(source, place / "out", 0.6, **HF)
     source.rename(source.parent / "moved")
     monkeypatch.chdir(source.parent)
     mtt_convert.convert(Path("moved"), place / "out", resume=True, **HF)
-    assert contents(place / "out") == contents(expected["hf"])
+    assert contents(place / "out") == contents(expected_folders["hf"])
 
 
 def test_a_machine_that_went_down_is_trusted_with_what_it_brought_to_the_disk(
-    source: Path, place: Path, expected: dict[str, Path]
+    source: Path, place: Path, expected_folders: dict[str, Path]
 ) -> None:
     """A run without `--resume` leaves files to the system's cache, and a machine may lose them."""
-    record = json.loads((expected["hf"] / MANIFEST).read_bytes())
+    record = json.loads((expected_folders["hf"] / MANIFEST).read_bytes())
     out, killed = place / "out", place / "killed"
     mtt_convert.convert(source, out, progress=lambda done, total: _copy(out, killed, done), **HF)
     (killed / ".mtt.lock").unlink()
@@ -245,7 +248,7 @@ def test_a_machine_that_went_down_is_trusted_with_what_it_brought_to_the_disk(
         (out / MANIFEST).write_text(json.dumps(running | {"boot": boot}))
         before = weights(out, record)
         mtt_convert.convert(source, out, resume=True, **HF)
-        assert contents(out) == contents(expected["hf"])
+        assert contents(out) == contents(expected_folders["hf"])
         after = weights(out, record)
         assert before and all((after[name] == before[name]) == is_kept for name in before), boot
 
@@ -257,7 +260,7 @@ def _copy(out: Path, killed: Path, done: int) -> None:
 
 
 def test_a_file_that_was_lost_or_cut_is_written_again(
-    source: Path, place: Path, expected: dict[str, Path]
+    source: Path, place: Path, expected_folders: dict[str, Path]
 ) -> None:
     out = place / "out"
     _stopped(source, out, 0.8, **HF)
@@ -265,7 +268,7 @@ def test_a_file_that_was_lost_or_cut_is_written_again(
     first.unlink()
     os.truncate(second, 1000)
     mtt_convert.convert(source, out, resume=True, **HF)
-    assert contents(out) == contents(expected["hf"])
+    assert contents(out) == contents(expected_folders["hf"])
 
 
 def test_resume_by_command(source: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -292,7 +295,7 @@ def test_resume_by_command(source: Path, place: Path, monkeypatch: pytest.Monkey
 
 
 def test_death_while_it_removes_what_it_replaced(
-    place: Path, expected: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    place: Path, expected_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Half of the old files are gone: they never come back among the new ones."""
     out, real = place / "out", shutil.rmtree
@@ -311,7 +314,7 @@ def test_death_while_it_removes_what_it_replaced(
     monkeypatch.undo()
     assert verify(out).problems == ()
     mtt_convert.convert(SAMPLE, out, overwrite=True, **HF)
-    assert contents(out) == contents(expected["hf"])
+    assert contents(out) == contents(expected_folders["hf"])
 
 
 # A disk that is full, or denies
@@ -323,12 +326,14 @@ def test_a_disk_that_fills_up_and_is_cleared(
     room: float,
     target: str,
     place: Path,
-    expected: dict[str, Path],
+    expected_folders: dict[str, Path],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """With `--resume`: the error says that finished files stay, and the same command goes on."""
     out, options = place / "out", TARGETS[target]
-    total = sum(path.stat().st_size for path in expected[target].rglob("*") if path.is_file())
+    total = sum(
+        path.stat().st_size for path in expected_folders[target].rglob("*") if path.is_file()
+    )
     real, written, lock = os.pwrite, [0], threading.Lock()
 
     def pwrite(descriptor: int, data: Any, offset: int) -> int:
@@ -355,7 +360,7 @@ def test_a_disk_that_fills_up_and_is_cleared(
     assert not any((out / name).exists() for name in ("config.json", TRACKER, ".mtt.lock"))
     assert not any(path.name.endswith(".part") for path in out.rglob("*"))
     mtt_convert.convert(SAMPLE, out, resume=True, **options)
-    assert contents(out) == contents(expected[target])
+    assert contents(out) == contents(expected_folders[target])
 
 
 @pytest.mark.parametrize("call", ["open", "replace", "fsync", "mkdir"])
@@ -364,7 +369,7 @@ def test_permission_denied(
     call: str,
     options: dict[str, Any],
     place: Path,
-    expected: dict[str, Path],
+    expected_folders: dict[str, Path],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """At the third such call; simulated, since root may do anything."""
@@ -384,7 +389,7 @@ def test_permission_denied(
     monkeypatch.undo()
     assert not (out / "config.json").exists()
     mtt_convert.convert(SAMPLE, out, resume=True, **options, **HF)
-    assert contents(out) == contents(expected["hf"])
+    assert contents(out) == contents(expected_folders["hf"])
 
 
 # A source that changes
@@ -494,7 +499,9 @@ def test_a_source_that_is_cut_while_it_is_read(target: str, source: Path, tmp_pa
 
 
 @pytest.mark.parametrize("resume", [False, True])
-def test_two_runs_into_one_target(resume: bool, place: Path, expected: dict[str, Path]) -> None:
+def test_two_runs_into_one_target(
+    resume: bool, place: Path, expected_folders: dict[str, Path]
+) -> None:
     """The second is refused, with `--resume` or not, and the first does not notice."""
     out, refusals = place / "out", list[MTTError]()
 
@@ -513,7 +520,7 @@ def test_two_runs_into_one_target(resume: bool, place: Path, expected: dict[str,
         True,
         True,
     ]
-    assert contents(out) == contents(expected["hf"])
+    assert contents(out) == contents(expected_folders["hf"])
 
 
 # Flipped bytes
@@ -522,7 +529,7 @@ def test_two_runs_into_one_target(resume: bool, place: Path, expected: dict[str,
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("is_parts", [False, True], ids=["whole", "parts"])
 def test_verify_finds_a_flipped_bit_in_every_file(
-    is_parts: bool, target: str, place: Path, expected: dict[str, Path]
+    is_parts: bool, target: str, place: Path, expected_folders: dict[str, Path]
 ) -> None:
     """Weights, headers, index, configuration, code, tokenizer, .metadata, common.pt, tracker."""
     out = place / "out"
@@ -530,7 +537,7 @@ def test_verify_finds_a_flipped_bit_in_every_file(
         for part in PARTS:
             mtt_convert.convert(SAMPLE, out, **TARGETS[target], **part)
     else:
-        shutil.copytree(expected[target], out)
+        shutil.copytree(expected_folders[target], out)
     assert verify(out).problems == ()
     files = [path for path in out.rglob("*") if path.is_file() and path.name != MANIFEST]
     assert len(files) > 8
