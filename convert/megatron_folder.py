@@ -104,7 +104,7 @@ def plan_conversion(
         raise UnsupportedError(
             "mtt reads BERT, and does not write it as a Megatron checkpoint; nothing was written",
             found=f"{checkpoint.folder}, a BERT, to {to}",
-            expected="a GPT",
+            expected="a GPT or a T5",
             fix="convert it with --to hf",
         )
     _check_choices(transformer_impl, make_vocab_size_divisible_by)
