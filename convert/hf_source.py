@@ -135,12 +135,16 @@ def read_config(folder: str) -> Mapping[str, object]:
     try:
         config = json.loads(sources.read(path))
     except (ValueError, RecursionError) as error:
-        raise CorruptError(f"{path} is damaged", found=str(error), fix="copy it again") from error
+        raise _damaged(path, str(error)) from error
     if not isinstance(config, dict):
-        raise CorruptError(
-            f"{path} is damaged", found=type(config).__name__, expected="a JSON object"
-        )
+        raise _damaged(path, type(config).__name__)
     return config
+
+
+def _damaged(path: str, found: str) -> CorruptError:
+    return CorruptError(
+        f"{path} is damaged", found=found, expected="a JSON object", fix="copy it again"
+    )
 
 
 def family_of(config: Mapping[str, object], folder: str) -> Family:
@@ -301,6 +305,9 @@ def _check_types(tensors: Mapping[str, LazyTensor], table: RuleTable) -> None:
                 "weights that are no plain numbers" if odd else "weights of several types as one",
                 found=", ".join(f"{name} in {dtype}" for name, dtype in found.items()),
                 expected="float32, float16 or bfloat16" if odd else "one type",
+                fix="give the folder this one was quantised from"
+                if odd
+                else "save the model in one type",
             )
 
 

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 _IDS, _DECODER_IDS = "input_ids", "decoder_input_ids"
 _OPTIONAL = (_DECODER_IDS, *seq2seq.MASKS, *bert_logits.ARRAYS)
+_REFERENCE = "an .npz with input_ids and logits"
+_OTHER = "give the .npz that the original model's logits were saved in"
 
 
 def load_model(
@@ -136,14 +138,18 @@ def _read_reference(path: str) -> tuple[dict[str, np.ndarray], np.ndarray]:
             arrays = {_IDS: stored[_IDS], **given}
             wanted = stored["logits_fp32" if "logits_fp32" in stored else "logits"]
     except OSError as error:
-        raise SourceError(f"{path} cannot be read", found=str(error)) from error
+        raise SourceError(
+            f"{path} cannot be read", found=str(error), expected=_REFERENCE, fix=_OTHER
+        ) from error
     except (
         AttributeError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile, zlib.error
     ) as error:  # fmt: skip
         raise CorruptError(
             f"{path} is no logits reference",
-            found=str(error),
-            expected="an .npz with input_ids and logits",
+            # Of a file that is no .npz NumPy says how to unpickle it.
+            found=str(error) if zipfile.is_zipfile(path) else "another kind of file",
+            expected=_REFERENCE,
+            fix=_OTHER,
         ) from error
     last = arrays.get(_DECODER_IDS, arrays[_IDS])
     for ids in (arrays[_IDS], last):

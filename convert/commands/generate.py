@@ -199,7 +199,9 @@ def load_tokenizer(files: Tokenizer) -> PreTrainedTokenizerBase:
 
 
 def _tokenizer_files(args: argparse.Namespace) -> Tokenizer:
-    if args.tokenizer:
+    if args.tokenizer == "none":
+        files = Tokenizer()
+    elif args.tokenizer:
         files = read_tokenizer(args.tokenizer)
     elif _is_converted(args.source):
         files = _folder_tokenizer(args.source)
@@ -207,7 +209,12 @@ def _tokenizer_files(args: argparse.Namespace) -> Tokenizer:
         checkpoint = open_checkpoint(args.source, **source_options(args))
         files = plan_conversion(checkpoint).tokenizer
     if not files.files:
-        raise UsageError(f"{args.source} has no tokenizer", fix="give one with --tokenizer PATH")
+        raise UsageError(
+            "there is no tokenizer to read the prompt with",
+            found=f"{args.source}, " + ("--tokenizer none" if args.tokenizer else "without one"),
+            expected="the tokenizer the model was trained with",
+            fix="give it with --tokenizer PATH",
+        )
     return files
 
 

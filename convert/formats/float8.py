@@ -255,6 +255,7 @@ def without_scales(
             )
         except CorruptError as error:
             error.message = f"{name}: {error.message}"
+            error.fix = "give the folder this one was quantised from"
             raise
     return found
 

@@ -50,15 +50,30 @@ def read_tensors(folder: str) -> dict[str, LazyTensor]:
         content = json.loads(sources.read(index))
         weight_map = {str(k): str(v) for k, v in dict(content["weight_map"]).items()}
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CorruptError(f"{index} is damaged", found=str(error)) from error
+        raise CorruptError(
+            f"{index} is damaged",
+            found=str(error),
+            expected="a JSON object with a weight_map",
+            fix="copy it again",
+        ) from error
     tensors: dict[str, LazyTensor] = {}
     for name in sorted(set(weight_map.values())):
         path = os.path.join(folder, os.path.basename(name))
         if not sources.is_file(path):
-            raise IncompleteError(f"{folder} is incomplete", expected=name, fix="copy it again")
+            raise IncompleteError(
+                f"{folder} is incomplete",
+                found=f"{INDEX}, which names {name}",
+                expected=name,
+                fix="copy that file again",
+            )
         tensors.update(read_file(path))
     if missing := sorted(set(weight_map) - set(tensors)):
-        raise IncompleteError(f"{folder} is incomplete", expected=", ".join(missing[:8]))
+        raise IncompleteError(
+            f"{folder} is incomplete",
+            found=f"files without {len(missing)} of the tensors that {INDEX} names",
+            expected=", ".join(missing[:8]),
+            fix="copy or convert it again",
+        )
     return tensors
 
 

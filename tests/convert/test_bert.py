@@ -304,6 +304,19 @@ def test_two_kinds_of_gelu(root: Path, golden: Golden, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "gelu"), [(BERT, "gelu_tanh"), (f"{CORE}/both/torch", "gelu")], ids=["legacy", "core"]
+)
+def test_a_trained_openai_gelu(name: str, gelu: str, golden: Golden, tmp_path: Path) -> None:
+    """Megatron-LM's own MLPs and head do as it says, Megatron-Core's do not look at it."""
+    root = copied(golden(name), tmp_path / "root")
+    for path in ranks(root):
+        with edited(path) as content:
+            content["args"].openai_gelu = True
+    a = open_checkpoint(root).architecture
+    assert (a.activation, a.lm_head_activation) == (gelu, gelu)
+
+
+@pytest.mark.parametrize(
     ("overrides", "says"),
     [
         ({"apply_residual_connection_post_layernorm": True}, "residuals taken after the norm"),

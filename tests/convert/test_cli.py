@@ -288,6 +288,51 @@ def test_a_reference_that_does_not_fit(
 
 
 @pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (None, "No such file"),
+        (b"", "another kind of file"),
+        (b"some text", "another kind of file"),
+        (b"\x80\x04N.", "another kind of file"),
+        ({"logits": np.zeros(1)}, "input_ids"),
+    ],
+    ids=["missing", "empty", "text", "pickle", "without tokens"],
+)
+def test_a_file_that_is_no_reference(
+    content: bytes | dict[str, np.ndarray] | None,
+    says: str,
+    converted: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    path = tmp_path / "x.npz"
+    if isinstance(content, dict):
+        np.savez(path, **content)
+    elif content is not None:
+        path.write_bytes(content)
+    assert main(["verify", str(converted), "--logits", str(path)]) == 3
+    _, found, expected, fix = capsys.readouterr().err.splitlines()[-4:]
+    assert found.startswith("  found: ") and says in found and "allow_pickle" not in found
+    assert expected == "  expected: an .npz with input_ids and logits"
+    assert fix == "  fix:      give the .npz that the original model's logits were saved in"
+
+
+@pytest.mark.parametrize("options", [[], ["--tokenizer", "none"]], ids=["absent", "none"])
+def test_a_text_needs_a_tokenizer(
+    options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    mtt_convert.convert(SAMPLE, tmp_path / "out", tokenizer="none")
+    assert main(["generate", str(tmp_path / "out"), "--prompt", "a", *options]) == 2
+    given = "--tokenizer none" if options else "without one"
+    assert capsys.readouterr().err == (
+        "error: there is no tokenizer to read the prompt with\n"
+        f"  found:    {tmp_path / 'out'}, {given}\n"
+        "  expected: the tokenizer the model was trained with\n"
+        "  fix:      give it with --tokenizer PATH\n"
+    )
+
+
+@pytest.mark.parametrize(
     ("name", "content"),
     [
         ("config.json", "{"),

@@ -147,20 +147,23 @@ def function(module: str, name: str) -> Any:
 Pair = tuple[_Stored | torch.Tensor, torch.Tensor]
 
 
-def quantised(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    return (weight / scale).to(E4M3)
+def quantised(weight: torch.Tensor, scale: torch.Tensor, kind: torch.dtype = E4M3) -> torch.Tensor:
+    return (weight / scale).to(kind)
 
 
 def whole(weight: torch.Tensor, style: str) -> Pair:
-    """One scale: Transformer Engine 1.5, 2.0, 2.8, 2.16, and 2.16 with nothing but a transpose."""
+    """One scale: Transformer Engine 1.5, 2.0, 2.8, 2.16, and 2.16 with nothing but a transpose.
+
+    Before 2.4 the number 7, which is E4M3 today, was E5M2.
+    """
     scale = weight.abs().max() / 448
-    values = quantised(weight, scale)
+    values = quantised(weight, scale, E5M2 if style == "1.5 E5M2" else E4M3)
     expected = (values.float() * scale).bfloat16()
     data, scale = values.view(torch.uint8), scale.reshape(1)
     kept = (scale, torch.bfloat16)
-    if style == "1.5":
-        rebuild = method("float8_tensor", "Float8Tensor")
-        return _Stored(rebuild, data, CODE(6), *kept), expected
+    if style.startswith("1.5"):
+        rebuild, number = method("float8_tensor", "Float8Tensor"), 6 + style.endswith("E5M2")
+        return _Stored(rebuild, data, CODE(number), *kept), expected
     if style in ("2.0", "2.8"):
         rebuild, code = method("tensor.float8_tensor", "Float8Tensor"), CODE(6 + (style > "2.4"))
         return _Stored(rebuild, data, code, *kept, data.shape), expected
@@ -219,7 +222,7 @@ def exponents(weight: torch.Tensor, style: str) -> Pair:
 
 
 KINDS = [
-    *((whole, style) for style in ("1.5", "2.0", "2.8", "2.16", "transposed")),
+    *((whole, style) for style in ("1.5", "1.5 E5M2", "2.0", "2.8", "2.16", "transposed")),
     *((blocks, style) for style in ("2.3", "2.16")),
     *((exponents, style) for style in ("2.0", "2.3", "2.8", "2.16")),
 ]
@@ -495,9 +498,8 @@ def test_a_folder_like_deepseek_s(scale_dtype: torch.dtype, tmp_path: Path) -> N
     config = json.loads((tmp_path / "fp8-hf" / "config.json").read_text())
     assert "quantization_config" not in config and config["dtype"] == "bfloat16"
     (warning,) = open_checkpoint(tmp_path / "fp8").warnings
-    assert (
-        warning == "16 weights are kept in 8 bits: their values times their scales, in bfloat16"
-        or ("weights are kept in 8 bits" in warning)
+    assert warning == (
+        "28 weights are kept in 8 bits: their values times their scales, in bfloat16"
     )
 
 
@@ -522,3 +524,4 @@ def test_folders_that_are_refused(change: str, tmp_path: Path) -> None:
         open_checkpoint(folder)
     says = {"no scales": name, "small": name, "no blocks": "weight_block_size = None"}
     assert says.get(change, "compressed-tensors") in f"{caught.value} {caught.value.found}"
+    assert caught.value.fix == "give the folder this one was quantised from"

@@ -279,21 +279,54 @@ def test_another_shape(name: str, shape: tuple[int, ...], folder: Path) -> None:
 def test_types_that_cannot_be(name: str, dtype: torch.dtype, folder: Path) -> None:
     with weights(folder) as tensors:
         tensors[name] = tensors[name].to(dtype)
-    assert name in str(refused(folder, UnsupportedError).found)
+    error = refused(folder, UnsupportedError)
+    assert name in str(error.found)
+    assert error.fix in (
+        "give the folder this one was quantised from",
+        "save the model in one type",
+    )
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", "null", "[" * 100_000, "\x00"])
 def test_a_damaged_configuration(text: str, folder: Path) -> None:
     (folder / "config.json").write_text(text)
-    with pytest.raises(CorruptError, match=r"config\.json is damaged"):
+    with pytest.raises(CorruptError, match=r"config\.json is damaged") as caught:
         open_checkpoint(folder)
+    assert caught.value.found is not None
+    assert (caught.value.expected, caught.value.fix) == ("a JSON object", "copy it again")
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"weight_map": [1]}', "[" * 100_000])
 def test_a_damaged_index(text: str, folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(text)
-    with pytest.raises(CorruptError, match=r"index\.json is damaged"):
+    with pytest.raises(CorruptError, match=r"index\.json is damaged") as caught:
         open_checkpoint(folder)
+    assert caught.value.found is not None
+    assert caught.value.expected == "a JSON object with a weight_map"
+    assert caught.value.fix == "copy it again"
+
+
+def test_a_file_that_the_index_names_is_missing(folder: Path) -> None:
+    index = {"weight_map": {"lm_head.weight": "model-00001-of-00001.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(IncompleteError, match="is incomplete") as caught:
+        open_checkpoint(folder)
+    assert caught.value.found == (
+        "model.safetensors.index.json, which names model-00001-of-00001.safetensors"
+    )
+    assert caught.value.expected == "model-00001-of-00001.safetensors"
+    assert caught.value.fix == "copy that file again"
+
+
+def test_a_tensor_that_the_index_names_is_missing(folder: Path) -> None:
+    weight_map = dict.fromkeys(("model.norm.weight", "model.bias"), "model.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(IncompleteError, match="is incomplete") as caught:
+        open_checkpoint(folder)
+    assert caught.value.found == (
+        "files without 1 of the tensors that model.safetensors.index.json names"
+    )
+    assert (caught.value.expected, caught.value.fix) == ("model.bias", "copy or convert it again")
 
 
 @pytest.mark.parametrize("name", ["opt", ..., None, 3, ["llama"]])

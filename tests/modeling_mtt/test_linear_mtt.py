@@ -146,7 +146,8 @@ def test_compiled_forward_derivatives_and_vmap():
     torch.compiler.reset()
 
 
-def test_an_exported_model_needs_nothing_of_ours(calls):
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_exported_model_needs_nothing_of_ours(calls, strict):
     class Layer(nn.Module):
         def __init__(self):
             super().__init__()
@@ -156,7 +157,7 @@ def test_an_exported_model_needs_nothing_of_ours(calls):
             return project(self.linear, states)
 
     with torch.no_grad():
-        program = torch.export.export(Layer(), (torch.randn(2, 16),))
+        program = torch.export.export(Layer(), (torch.randn(2, 16),), strict=strict)
     assert "mtt" not in str(program.graph)
 
 
