@@ -21,9 +21,9 @@ so the user is asked (`_ask`).
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterable, Mapping
 from functools import cache
-from importlib.resources import files
 
 from .architecture import PARAMS_DTYPES, Architecture
 from .argument_tables import (
@@ -689,8 +689,9 @@ def is_known(name: str) -> bool:
 @cache
 def _known_arguments() -> tuple[frozenset[str], tuple[str, ...]]:
     """Names and prefixes (`name*`) of known_arguments.txt."""
-    text = files(__package__).joinpath("known_arguments.txt").read_text(encoding="utf-8")
-    words = [line for line in text.splitlines() if line and not line.startswith("#")]
+    path = os.path.join(os.path.dirname(__file__), "known_arguments.txt")
+    with open(path, encoding="utf-8") as file:
+        words = [line for line in file.read().splitlines() if line and not line.startswith("#")]
     names = frozenset(word for word in words if not word.endswith("*"))
     return names, tuple(word[:-1] for word in words if word.endswith("*"))
 

@@ -13,7 +13,6 @@ import contextlib
 import json
 import os
 import secrets
-import socket
 import time
 from typing import Any
 
@@ -116,7 +115,7 @@ def boot_id() -> str:
 def _this_run() -> dict[str, Any]:
     process = os.getpid()
     return {
-        "host": socket.gethostname(),
+        "host": os.uname().nodename,
         "boot": boot_id(),
         "processes": _processes(),
         "process": process,

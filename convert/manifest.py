@@ -17,7 +17,6 @@ started whose memory may still hold some of it, or null if all of it is on the d
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import re
@@ -70,6 +69,8 @@ def new_hasher(algorithm: str) -> Hasher:
     if algorithm == "xxh3_128":
         return cast(Hasher, xxhash.xxh3_128())
     if algorithm == "sha256":
+        import hashlib
+
         return cast(Hasher, hashlib.sha256())
     if algorithm == "none":
         return _NoHasher()

@@ -17,7 +17,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from typing import cast
 
 from .architecture import Architecture
@@ -62,11 +62,6 @@ class Rule:
         if self.beside is not None and self.names(self.beside, values)[0] not in present:
             return False
         return self.unless is None or self.names(self.unless, values)[0] not in present
-
-    @cached_property
-    def patterns(self) -> tuple[re.Pattern[str], ...]:
-        """One pattern per source template."""
-        return tuple(_pattern(template) for template in _expand(self.source))
 
     def names(self, template: str, values: Mapping[str, str]) -> tuple[str, ...]:
         """The concrete names of a template under the given placeholder values."""
@@ -170,27 +165,27 @@ class RuleTable:
         self, name: str, present: Collection[str]
     ) -> Iterator[tuple[int, Rule, Mapping[str, str]]]:
         """The rules that match a name among these, numbered, with the placeholders' values."""
-        for number, rule, pattern in self._candidates.get(_shape_of(name), ()):
-            hit = pattern.fullmatch(name)
+        for number, rule, template in self._candidates.get(_shape_of(name), ()):
+            hit = _pattern(template).fullmatch(name)
             if hit and rule.holds(hit.groupdict(), present):
                 yield number, rule, hit.groupdict()
 
     @cached_property
-    def _candidates(self) -> dict[str, list[tuple[int, Rule, re.Pattern[str]]]]:
-        """The rules that a name may match, by the name without its numbers."""
-        found: dict[str, list[tuple[int, Rule, re.Pattern[str]]]] = defaultdict(list)
+    def _candidates(self) -> dict[str, list[tuple[int, Rule, str]]]:
+        """The rules, each with a template, that a name may match, by it without its numbers."""
+        found: dict[str, list[tuple[int, Rule, str]]] = defaultdict(list)
         for number, rule in enumerate(self.rules):
-            for template, pattern in zip(_expand(rule.source), rule.patterns, strict=True):
+            for template in _expand(rule.source):
                 shape = template.replace("{i}", "0").replace("{e}", "0")
                 for kind in ("weight", "bias") if "{p}" in shape else ("",):
                     key = _shape_of(shape.replace("{p}", kind))
-                    found[key].append((number, rule, pattern))
+                    found[key].append((number, rule, template))
         return found
 
     def _places(self, match: Match) -> list[Ints]:
         """Where each target of a match stands among all."""
         number = self._numbers[match.rule]
-        hit = match.rule.patterns[0].fullmatch(match.sources[0])
+        hit = _pattern(_expand(match.rule.source)[0]).fullmatch(match.sources[0])
         values = hit.groupdict() if hit else {}
         block, group = self._blocks[number]
         layer, expert = int(values.get("i", 0)), int(values.get("e", 0))
@@ -239,6 +234,7 @@ def _refuse(what: str, names: list[str]) -> None:
         )
 
 
+@cache
 def _expand(template: str) -> tuple[str, ...]:
     group = _ALTERNATIVES.search(template)
     if not group:
@@ -247,6 +243,7 @@ def _expand(template: str) -> tuple[str, ...]:
     return tuple(head + choice + tail for choice in group.group(1).split(","))
 
 
+@cache  # of the hundreds in all tables a checkpoint needs a few
 def _pattern(template: str) -> re.Pattern[str]:
     parts = re.split(r"\{([iep])\}", template)
     text = [re.escape(part) if k % 2 == 0 else _PLACEHOLDERS[part] for k, part in enumerate(parts)]

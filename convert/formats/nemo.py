@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import os
 import re
-import tarfile
 from collections import defaultdict
 from collections.abc import Collection
 from typing import BinaryIO, cast
@@ -122,6 +121,8 @@ def open_folder(place: Place, skip_keys: frozenset[str] = frozenset()) -> RawChe
 
 def _members(path: str) -> dict[str, tuple[int, int]]:
     """Name -> where its bytes stand in the archive; only the tar's headers are read."""
+    import tarfile
+
     members: dict[str, tuple[int, int]] = {}
     try:
         with sources.open_file(path) as file:
