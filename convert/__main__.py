@@ -7,7 +7,7 @@ import sys
 from typing import NoReturn
 
 _INTERRUPTED = 130
-# Metadata of a checkpoint has no cycles; Python's 700 has it walk through all of it again and again.
+# A checkpoint's metadata has no cycles; Python's 700 has it look for them again and again.
 _OBJECTS_BETWEEN_COLLECTIONS = 100_000
 
 

@@ -1,6 +1,6 @@
-"""Runs a plan: bytes move from sources to a sink in windows of about 1 MB.
+"""Runs a plan: bytes move from sources to a sink in windows of about 2 MB.
 
-    1  every worker takes a file, streams its tensors in order, and hashes what it writes
+    1  every worker takes a file, streams its tensors in order, and sums up what it writes
     2  tensors that are columns of the same rows, of several files, are read once and written
        together: what tensor parallelism makes of a row-parallel weight
     3  idle workers take tensors from the files that are left; as far as there are others, no two
@@ -24,7 +24,6 @@ from typing import Protocol
 
 from .ahead import ahead
 from .casting import cast_window
-from .manifest import new_hasher
 from .page_cache import is_filled_by
 from .plan import ConversionPlan, PlannedFile, PlannedTensor
 from .reading import (
@@ -36,6 +35,7 @@ from .reading import (
     stream_together,
     window_size,
 )
+from .sums import Sums
 
 _AHEAD = 4
 Progress = Callable[[int, int], None]
@@ -53,8 +53,8 @@ class Sink(Protocol):
     ) -> None:
         """Bytes of a tensor from `position` bytes after its beginning."""
 
-    def tensor_done(self, file: PlannedFile, tensor: PlannedTensor, digest: str) -> None:
-        """All bytes of a tensor were written."""
+    def tensor_done(self, file: PlannedFile, tensor: PlannedTensor, sums: Sums) -> None:
+        """All bytes of a tensor were written; `sums` are of them."""
 
     def file_done(self, file: PlannedFile) -> None:
         """All tensors of a file were written."""
@@ -190,12 +190,12 @@ def _together(plan: ConversionPlan) -> dict[tuple[str, str], Unit]:
 
 @dataclass(slots=True)
 class _Step:
-    """A window of each tensor of a unit; or, behind the last, their hashes."""
+    """A window of each tensor of a unit; or, behind the last, their sums."""
 
     unit: Unit
     position: int = 0
     data: Sequence[memoryview] = ()
-    digests: Sequence[str] = ()
+    sums: Sequence[Sums] = ()
 
 
 class _Job:
@@ -263,29 +263,29 @@ class _Job:
         return entry
 
     def _steps(self, reader: FileReader) -> Generator[_Step, None, None]:
-        """What one worker reads: windows, and the hashes of a unit after its last."""
+        """What one worker reads: windows, and the sums of a unit after its last."""
         for unit in self._units():
-            hashers = [new_hasher(self._algorithm) for _ in unit]
+            sums = [Sums(self._algorithm, checksum=bool(t.checksum_at)) for _, t in unit]
             position = 0
             for windows in _windows(unit, reader):
                 if self._stopped:
                     return
                 pairs = zip(unit, windows, strict=True)
                 data = [cast_window(w, t.source.dtype, t.dtype) for (_, t), w in pairs]
-                for hasher, part in zip(hashers, data, strict=True):
-                    hasher.update(part)
+                for of_tensor, part in zip(sums, data, strict=True):
+                    of_tensor.update(part)
                 yield _Step(unit, position, data)
                 position += len(data[0])
-            yield _Step(unit, digests=[hasher.hexdigest() for hasher in hashers])
+            yield _Step(unit, sums=sums)
 
     def _write(self, step: _Step) -> None:
-        if not step.digests:
+        if not step.sums:
             for (file, tensor), data in zip(step.unit, step.data, strict=True):
                 self._sink.write(file, tensor, step.position, data)
                 self._advance(len(data))
             return
-        for (file, tensor), digest in zip(step.unit, step.digests, strict=True):
-            self._sink.tensor_done(file, tensor, digest)
+        for (file, tensor), sums in zip(step.unit, step.sums, strict=True):
+            self._sink.tensor_done(file, tensor, sums)
             with self._lock:
                 self._left[file.name] -= 1
                 complete = self._left[file.name] == 0

@@ -21,6 +21,7 @@ from .execute import Progress
 from .hub import CARD, Blob, Branch, HubPlace, earlier_manifest
 from .hub_state import UploadState
 from .plan import ConversionPlan, PlannedFile, PlannedTensor, document
+from .sums import Sums
 from .unchanged import is_same
 from .work import work_of_upload
 from .writing import FileWriter
@@ -134,9 +135,9 @@ class HubSink:
         self._check()
         self._writer.write(file, tensor, position, data)
 
-    def tensor_done(self, file: PlannedFile, tensor: PlannedTensor, digest: str) -> None:
+    def tensor_done(self, file: PlannedFile, tensor: PlannedTensor, sums: Sums) -> None:
         """Note a tensor's hash, and its checksum where the file asks for it."""
-        self._writer.tensor_done(file, tensor, digest)
+        self._writer.tensor_done(file, tensor, sums)
 
     def file_done(self, file: PlannedFile) -> None:
         """Complete a file, wait until the one before it is uploaded, and begin its upload.

@@ -19,6 +19,7 @@ from .in_memory import with_experts_together
 from .pipeline import open_checkpoint, plan_conversion
 from .plan import PlannedFile, PlannedTensor
 from .sharding import check_layout, compare_together, local_plan, placed
+from .sums import Sums
 
 if TYPE_CHECKING:
     import torch
@@ -51,7 +52,7 @@ class TensorSink:
         self.tensors[tensor.name] = values
         self._views[tensor.name] = values.view(-1).view(torch.uint8).numpy().data
 
-    def tensor_done(self, file: PlannedFile, tensor: PlannedTensor, digest: str) -> None:
+    def tensor_done(self, file: PlannedFile, tensor: PlannedTensor, sums: Sums) -> None:
         """The tensor is whole: nothing writes to it any more."""
         if tensor.name not in self.tensors:
             self._allocate(tensor)

@@ -30,6 +30,14 @@ def _memory() -> int:
     return found
 
 
+def begin_writing(descriptor: int, offset: int, num_bytes: int) -> None:
+    """Let what was just written to a range of a file go to the disk, and wait for nothing.
+
+    It is what `give_back` does at first: what is on its way to the disk is not dropped.
+    """
+    give_back(descriptor, offset, num_bytes)
+
+
 def give_back(descriptor: int, offset: int = 0, num_bytes: int = 0) -> None:
     """Drop a range of a file from the cache; 0 bytes: up to its end.
 

@@ -32,6 +32,7 @@ from .errors import CorruptError, TargetError, UsageError
 from .manifest import PARTS
 from .parts import Part, share
 from .plan import ConversionPlan, PlannedFile, PlannedTensor, document
+from .sums import Sums
 from .target import check_space, finished, is_whole
 from .unchanged import is_same_plan
 from .work import SourceWatch
@@ -276,9 +277,9 @@ class PartSink:
         """
         self._writer.write(file, tensor, position, data)
 
-    def tensor_done(self, file: PlannedFile, tensor: PlannedTensor, digest: str) -> None:
+    def tensor_done(self, file: PlannedFile, tensor: PlannedTensor, sums: Sums) -> None:
         """Note a tensor's hash, and its checksum where the file asks for it."""
-        self._writer.tensor_done(file, tensor, digest)
+        self._writer.tensor_done(file, tensor, sums)
 
     def file_done(self, file: PlannedFile) -> None:
         """Write what stands between the tensors, and give the complete file its name.

@@ -30,7 +30,7 @@ from .tensors import MEAN, SUM, SUM_OF_PARTS, Combined, LazyTensor, Piece, Scale
 if TYPE_CHECKING:
     import numpy as np
 
-WINDOW_BYTES = 1 << 20
+WINDOW_BYTES = 2 << 20
 _TRANSPOSED_WINDOW_BYTES = 32 << 20
 # A window of one of several tensors that are read together has at least this many bytes.
 _SHARED_WINDOW_BYTES = 128 << 10

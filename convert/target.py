@@ -28,6 +28,7 @@ from . import manifest
 from .claims import boot_id
 from .errors import TargetError, UsageError
 from .plan import ConversionPlan, PlannedFile, PlannedTensor
+from .sums import Sums
 from .unchanged import is_same_plan
 from .work import SourceWatch, source_paths
 from .writing import LOCK, FileWriter, FolderLock, target_error, write_document
@@ -306,9 +307,9 @@ class FolderSink:
         """
         self._writer.write(file, tensor, position, data)
 
-    def tensor_done(self, file: PlannedFile, tensor: PlannedTensor, digest: str) -> None:
+    def tensor_done(self, file: PlannedFile, tensor: PlannedTensor, sums: Sums) -> None:
         """Note a tensor's hash, and its checksum where the file asks for it."""
-        self._writer.tensor_done(file, tensor, digest)
+        self._writer.tensor_done(file, tensor, sums)
 
     def file_done(self, file: PlannedFile) -> None:
         """Write what stands between the tensors, and give the complete file its name.

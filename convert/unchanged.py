@@ -13,6 +13,7 @@ from . import manifest
 from .errors import MTTError
 from .execute import Progress, run
 from .plan import ConversionPlan, PlannedFile, PlannedTensor
+from .sums import Sums
 
 _CARD = "README.md"  # people edit it
 
@@ -101,9 +102,9 @@ class _Comparer:
     ) -> None:
         """Nothing: bytes were hashed on the way."""
 
-    def tensor_done(self, file: PlannedFile, tensor: PlannedTensor, digest: str) -> None:
+    def tensor_done(self, file: PlannedFile, tensor: PlannedTensor, sums: Sums) -> None:
         """Compare a hash."""
-        if self._there["files"][file.name]["tensors"][tensor.name] != digest:
+        if self._there["files"][file.name]["tensors"][tensor.name] != sums.digest:
             raise _DifferentError(f"{tensor.name} differs")
 
     def file_done(self, file: PlannedFile) -> None:

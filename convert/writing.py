@@ -23,13 +23,12 @@ from typing import Any
 from . import manifest, page_cache
 from .errors import TargetError
 from .plan import PlannedFile, PlannedTensor
-
-try:  # ten times as fast
-    from zlib_ng.zlib_ng import crc32
-except ImportError:
-    from zlib import crc32
+from .sums import Sums
 
 LOCK = ".mtt.lock"
+# Linux may keep what one call writes in one stretch of memory. The longest are rare where memory
+# was in use before, and those a virtual machine has may be its host's to give anew.
+_MOST_AT_ONCE = 256 << 10
 
 
 class FileWriter:
@@ -49,11 +48,11 @@ class FileWriter:
         self._folder, self._record, self._keeps = folder, record, keeps
         self._open: dict[str, int] = {}
         self._fixed: dict[str, list[bytearray]] = {}
-        self._checksums: dict[tuple[str, str], int] = {}
         self._closed = False
         num_bytes = sum(entry["bytes"] for entry in record["files"].values())
         self._gives_back = page_cache.is_filled_by(num_bytes)
         self._cached: Counter[int] = Counter()
+        self._begun: Counter[tuple[str, str]] = Counter()
 
     def write(
         self, file: PlannedFile, tensor: PlannedTensor, position: int, data: memoryview
@@ -68,14 +67,22 @@ class FileWriter:
             _write_all(descriptor, data, tensor.offset + position)
         except OSError as error:
             raise self._error(error) from error
-        if tensor.checksum_at:
-            key = file.name, tensor.name
-            self._checksums[key] = crc32(data, self._checksums.get(key, 0))
         if self._gives_back:
             self._cached[descriptor] += len(data)
             if self._cached[descriptor] >= page_cache.EVERY_BYTES:
                 self._cached[descriptor] = 0
                 page_cache.give_back(descriptor)
+        elif self._keeps:
+            self._begin(descriptor, file, tensor, position + len(data))
+
+    def _begin(
+        self, descriptor: int, file: PlannedFile, tensor: PlannedTensor, position: int
+    ) -> None:
+        """Let the disk have what there is of a tensor now, and not all of a file at last."""
+        begun = self._begun[file.name, tensor.name]
+        if position - begun >= page_cache.EVERY_BYTES or position == tensor.num_bytes:
+            page_cache.begin_writing(descriptor, tensor.offset + begun, position - begun)
+            self._begun[file.name, tensor.name] = position
 
     def _descriptor(self, file: PlannedFile) -> int:
         with self._mutex:
@@ -92,17 +99,16 @@ class FileWriter:
                 self._fixed[file.name] = [bytearray(data) for _, data in file.fixed]
             return self._open[file.name]
 
-    def tensor_done(self, file: PlannedFile, tensor: PlannedTensor, digest: str) -> None:
+    def tensor_done(self, file: PlannedFile, tensor: PlannedTensor, sums: Sums) -> None:
         """Note a tensor's hash, and its checksum where the file asks for it."""
         self._descriptor(file)
         with self._mutex:
-            checksum = self._checksums.pop((file.name, tensor.name), 0)
             for position in tensor.checksum_at:
                 number = bisect.bisect_right(file.fixed, position, key=itemgetter(0)) - 1
                 start, _ = file.fixed[number]
                 place = slice(position - start, position - start + 4)
-                self._fixed[file.name][number][place] = checksum.to_bytes(4, "little")
-        self._record["files"][file.name]["tensors"][tensor.name] = digest
+                self._fixed[file.name][number][place] = sums.checksum.to_bytes(4, "little")
+        self._record["files"][file.name]["tensors"][tensor.name] = sums.digest
 
     def complete(self, file: PlannedFile, note: Callable[[], None] | None = None) -> None:
         """Write what stands between the tensors, and give the file its name.
@@ -229,7 +235,8 @@ def _holds(path: str, data: bytes) -> bool:
 def _write_all(descriptor: int, data: memoryview, position: int) -> None:
     done = 0
     while done < len(data):
-        done += os.pwrite(descriptor, data[done:], position + done)
+        most = _MOST_AT_ONCE - (position + done) % _MOST_AT_ONCE
+        done += os.pwrite(descriptor, data[done : done + most], position + done)
 
 
 def target_error(folder: str, error: OSError, *, keeps: bool = False) -> TargetError:

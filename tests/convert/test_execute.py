@@ -22,11 +22,12 @@ import numpy as np
 import pytest
 
 import mtt_convert
-from mtt_convert import execute, page_cache, sources, writing
+from mtt_convert import execute, page_cache, sources, sums
 from mtt_convert.ahead import ahead
 from mtt_convert.dtypes import DTYPES
 from mtt_convert.plan import ConversionPlan, PlannedFile, PlannedTensor
 from mtt_convert.reading import FileReader
+from mtt_convert.sums import Sums
 from mtt_convert.tensors import LazyTensor, concat
 from tests.convert.surgery import TORCH, Golden, snapshot
 
@@ -56,8 +57,8 @@ class Sink:
             kept += data
             self.threads.setdefault(file.name, set()).add(threading.get_ident())
 
-    def tensor_done(self, file: PlannedFile, tensor: PlannedTensor, digest: str) -> None:
-        assert digest
+    def tensor_done(self, file: PlannedFile, tensor: PlannedTensor, sums: Sums) -> None:
+        assert sums.digest
 
     def file_done(self, file: PlannedFile) -> None:
         self.order.append(file.name)
@@ -365,12 +366,12 @@ def test_checksums_without_zlib_ng(
     with monkeypatch.context() as without:
         without.setitem(sys.modules, "zlib_ng", None)
         without.setitem(sys.modules, "zlib_ng.zlib_ng", None)
-        importlib.reload(writing)
-        assert writing.crc32 is zlib.crc32
-        without.setattr("mtt_convert.target.FileWriter", writing.FileWriter)
+        importlib.reload(sums)
+        assert sums.crc32 is zlib.crc32
+        without.setattr("mtt_convert.execute.Sums", sums.Sums)
         mtt_convert.convert(golden(TORCH), tmp_path / "without", **options)
-    importlib.reload(writing)
-    assert writing.crc32 is not zlib.crc32
+    importlib.reload(sums)
+    assert sums.crc32 is not zlib.crc32
     assert snapshot(tmp_path / "with") == snapshot(tmp_path / "without")
     for path in (tmp_path / "without").rglob("*.pt"):
         assert zipfile.ZipFile(path).testzip() is None

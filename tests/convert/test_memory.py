@@ -57,8 +57,8 @@ class Sink:
             self.next[file.name, tensor.name] = position + len(data)
             self.num_bytes += len(data)
 
-    def tensor_done(self, file, tensor, digest):
-        assert digest and self.next[file.name, tensor.name] == tensor.num_bytes
+    def tensor_done(self, file, tensor, sums):
+        assert sums.digest and self.next[file.name, tensor.name] == tensor.num_bytes
         self.num_tensors += 1
 
     def file_done(self, file):
