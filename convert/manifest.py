@@ -33,6 +33,7 @@ from .errors import (
     SourceError,
     UsageError,
 )
+from .exchange import replace
 from .plan import ConversionPlan, PlannedFile, document
 
 NAME, PARTS = "mtt_manifest.json", ".mtt.parts"
@@ -130,7 +131,7 @@ def write(
             if keeps:
                 file.flush()
                 os.fsync(file.fileno())
-        os.replace(temporary, os.path.join(folder, name))
+        replace(temporary, os.path.join(folder, name))
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)

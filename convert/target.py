@@ -34,6 +34,7 @@ from .work import SourceWatch, source_paths
 from .writing import LOCK, FileWriter, FolderLock, target_error, write_document
 
 _REPLACED, _GONE = ".mtt.replaced", ".mtt.replaced.gone"
+_UNFINISHED = f"{manifest.NAME}.part"
 _NOTES = ("work", "boot")  # of the manifest while it is running
 IsSame = Callable[[dict[str, Any]], bool]
 
@@ -123,6 +124,8 @@ class FolderSink:
             self.whole = True
             return
         shutil.rmtree(os.path.join(self.folder, _GONE), ignore_errors=True)
+        with contextlib.suppress(OSError):  # of a run that was killed while it replaced its own
+            os.unlink(os.path.join(self.folder, _UNFINISHED))
         if present := self._listing():
             if self._goes_on(present) or self._is_same(present):
                 self.whole = self.unchanged
@@ -147,7 +150,7 @@ class FolderSink:
                 expected="an empty or new folder",
                 fix="go on with --resume --part, choose another folder, or remove this one",
             )
-        return sorted(present - {LOCK, f"{manifest.NAME}.part"})
+        return sorted(present - {LOCK, _UNFINISHED})
 
     def _goes_on(self, present: list[str]) -> bool:
         """Whether this run has been begun here before; what it finished is pending no more.
