@@ -15,6 +15,7 @@ import time
 import zipfile
 import zlib
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ import numpy as np
 import pytest
 
 import mtt_convert
-from mtt_convert import execute, page_cache, sources, sums
+from mtt_convert import execute, page_cache, sources, sums, writing
 from mtt_convert.ahead import ahead
 from mtt_convert.dtypes import DTYPES
 from mtt_convert.plan import ConversionPlan, PlannedFile, PlannedTensor
@@ -377,11 +378,29 @@ def test_checksums_without_zlib_ng(
         assert zipfile.ZipFile(path).testzip() is None
 
 
+def test_writes_are_short_and_keep_to_their_places(
+    golden: Golden, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However short they are, and where the system writes less than it is asked to."""
+    mtt_convert.convert(golden(TORCH), tmp_path / "usual")
+    real, written = os.pwrite, []
+
+    def pwrite(descriptor: int, data: memoryview, position: int) -> int:
+        written.append((position, position + len(data)))
+        return real(descriptor, data[:1000], position)
+
+    monkeypatch.setattr(writing, "_MOST_AT_ONCE", 4096)
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    mtt_convert.convert(golden(TORCH), tmp_path / "out")
+    assert all(start // 4096 == (end - 1) // 4096 for start, end in written)
+    assert snapshot(tmp_path / "out") == snapshot(tmp_path / "usual")
+
+
 # The page cache
 
 
 def conversion(
-    golden: Golden, out: Path, monkeypatch: pytest.MonkeyPatch, memory: int
+    golden: Golden, out: Path, monkeypatch: pytest.MonkeyPatch, memory: int, resume: bool = False
 ) -> list[tuple[str, int, int]]:
     """(file, offset, bytes) of every part that was given back on a machine of so much memory."""
     given: list[tuple[str, int, int]] = []
@@ -394,7 +413,7 @@ def conversion(
     monkeypatch.setattr(page_cache, "_memory", lambda: memory)
     monkeypatch.setattr(page_cache, "LEAST_BYTES", 1)
     monkeypatch.setattr(page_cache, "EVERY_BYTES", 1 << 18)
-    mtt_convert.convert(golden(TORCH), out)
+    mtt_convert.convert(golden(TORCH), out, resume=resume)
     return given
 
 
@@ -421,6 +440,22 @@ def test_a_small_one_leaves_it(
     golden: Golden, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert conversion(golden, tmp_path / "out", monkeypatch, memory=1 << 30) == []
+
+
+@linux
+def test_what_is_to_survive_goes_to_the_disk_while_more_is_written(
+    golden: Golden, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every byte of every tensor, once."""
+    out = tmp_path / "out"
+    begun = conversion(golden, out, monkeypatch, memory=1 << 30, resume=True)
+    assert {name for name, _, _ in begun} == {str(out / "model.safetensors.part")}
+    weights = out / "model.safetensors"
+    ranges = sorted((offset, offset + count) for _, offset, count in begun)
+    assert all(end <= start for (_, end), (start, _) in pairwise(ranges))
+    header = 8 + int.from_bytes(weights.read_bytes()[:8], "little")
+    assert ranges[0][0] == header
+    assert sum(end - start for start, end in ranges) == weights.stat().st_size - header
 
 
 @pytest.mark.parametrize("code", [None, errno.EINVAL, errno.ESPIPE, errno.ENOSYS])
