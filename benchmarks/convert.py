@@ -9,12 +9,15 @@ Checkpoints of random bytes (`checkpoints.py`) stand on the RAM disk, one at a t
 beside it, at most 9 GB; `--disk` names a folder on a disk for the lines that say so. For every
 line `cp -r CKPT OUT`, the conversion, and a conversion of the same tensors an eighth as wide run
 in turn, each as a process of its own, timed from its start to its end, Python's start included;
-OUT is removed before each, outside the time. A turn in which other processes took more than a few
+the conversion goes first in every second turn. OUT is removed before each, outside the time. In
+lines that say "until it is written" what is unwritten is written before, and both are followed by
+`sync -f OUT`, inside the time. A turn in which other processes took more than a few
 percent of the machine is repeated. Modules are compiled once before, as an installation does.
 Other converters hold the checkpoint up to several times in memory: --small where there is little.
 
 GB/s        bytes of weights / wall time of the process
 of cp       speed / speed of the `cp -r` of the same turn: 1.2 is 1.2 times as fast as cp
+best        speed of the fastest turn / of the fastest `cp -r`: what is left where nobody disturbs
 marginal    (large - small bytes) / (large - small time): start-up taken away; and of cp
 peak        the largest VmHWM of the process and those it starts, in MB; `above` the imports alone
 temporary   the most on the disk beyond the output itself, in MB
@@ -63,6 +66,7 @@ class Case:
         tool: mtt, or a peer's name.
         options: of `mtt convert`, beyond those all have.
         note: what the line says beside the formats.
+        synced: until the disk has all of it.
     """
 
     model: str
@@ -73,6 +77,7 @@ class Case:
     note: str = ""
     tool: str = "mtt"
     peer: Peer | None = None
+    synced: bool = False
 
     @property
     def name(self) -> str:
@@ -91,6 +96,7 @@ class Case:
 
 SAME, OTHER = ("--tp", "4", "--pp", "2"), ("--tp", "2")
 NARROWER = ("--tp", "8")
+WRITTEN = "disk, until it is written"
 
 
 def cases(others: Sequence[Peer]) -> list[Case]:
@@ -107,6 +113,7 @@ def cases(others: Sequence[Peer]) -> list[Case]:
             Case("rows", "torch", "hf", workers, (), "row-parallel"),
             Case("rows", "torch", "torch", workers, NARROWER, "row-parallel, to TP8"),
             Case("disk", "torch", "hf", workers, (), "disk"),
+            Case("disk", "torch", "hf", workers, ("--resume",), WRITTEN, synced=True),
         )
     ]
     lines.append(Case("large", "torch", "hf", 2, ("--hash", "none"), "no hashes"))
@@ -124,8 +131,8 @@ def run_case(
 ) -> dict[str, Any]:
     """`cp`, the conversion and the narrow conversion in turn, `--pairs` times."""
     turns = []
-    for _ in range(args.pairs if case.peer is None else min(args.pairs, PEER_PAIRS)):
-        turns.append(take_turn(case, work, args.attempts))
+    for number in range(args.pairs if case.peer is None else min(args.pairs, PEER_PAIRS)):
+        turns.append(take_turn(case, work, args.attempts, cp_first=number % 2 == 0))
         if failure(turns[-1]):
             break
     shutil.rmtree(work / "out", ignore_errors=True)
@@ -138,6 +145,7 @@ def run_case(
             found["of_cp"].append(cp / large)
             found["marginal"].append((size - narrow) / (large - small))
             found["marginal_of_cp"].append((size - narrow) / (large - small) / (size / cp))
+    fastest = {name: min(turn[name].seconds for turn in turns) for name in ("cp", "large")}
     peak = max(turn["large"].peak_mb for turn in turns)
     bound = BOUND_MB_PER_WORKER * case.workers if case.peer is None else None
     return {
@@ -145,6 +153,7 @@ def run_case(
         "name": case.name,
         "cp_gb_s": statistics.median(size / turn["cp"].seconds for turn in turns),
         **{name: spread(values) for name, values in found.items()},
+        "best_of_cp": fastest["cp"] / fastest["large"] if found["of_cp"] else None,
         "cpu_seconds_per_gb": statistics.median(t["large"].cpu_seconds / size for t in turns),
         "peak_mb": peak,
         "above_mb": peak - baseline_mb,
@@ -164,7 +173,7 @@ def spread(values: Sequence[float]) -> dict[str, float] | None:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
-def take_turn(case: Case, work: Path, attempts: int) -> dict[str, Any]:
+def take_turn(case: Case, work: Path, attempts: int, cp_first: bool = True) -> dict[str, Any]:
     """One run of each; the quietest of a few attempts if others are busy."""
     large, small, out = work / "large" / case.source, work / "small" / case.source, work / "out"
     best: tuple[float, dict[str, Any]] | None = None
@@ -172,11 +181,15 @@ def take_turn(case: Case, work: Path, attempts: int) -> dict[str, Any]:
         if attempts > 1:
             wait_until_quiet()
         turn: dict[str, Any] = {}
-        turn["cp"] = measure([str(shutil.which("cp")), "-r", str(large), str(out)], out)
-        if turn["cp"].status:
-            raise SystemExit(f"error: cp -r ended with {turn['cp'].status}")
-        turn["large"] = run(case, large, out)
-        turn["hash"] = tensor_hashes(out)
+        for name in ("cp", "large") if cp_first else ("large", "cp"):
+            if name == "large":
+                turn[name] = run(case, large, out)
+                turn["hash"] = tensor_hashes(out)
+                continue
+            command = [str(shutil.which("cp")), "-r", str(large), str(out)]
+            turn[name] = timed(case, command, out)
+            if turn[name].status:
+                raise SystemExit(f"error: cp -r ended with {turn[name].status}")
         turn["small"] = run(case, small, out)
         noise = max(turn[name].by_others for name in ("cp", "large"))
         if case.peer is not None or failure(turn):  # a peer's helpers are not known
@@ -196,7 +209,16 @@ def failure(turn: dict[str, Any]) -> int:
 
 def run(case: Case, source: Path, out: Path) -> Run:
     command, env = case.command(source, out)
-    return measure(command, out, env)
+    return timed(case, command, out, env)
+
+
+def timed(case: Case, command: list[str], out: Path, env: dict[str, str] | None = None) -> Run:
+    """A process, and what makes its output reach the disk where that counts."""
+    if not case.synced:
+        return measure(command, out, env)
+    shutil.rmtree(out, ignore_errors=True)
+    os.sync()
+    return measure(["/bin/sh", "-c", '"$@" && sync -f "$0"', str(out), *command], out, env)
 
 
 def tensor_hashes(folder: Path) -> str:
@@ -249,7 +271,7 @@ def compile_once(work: Path) -> None:
 def table(results: Sequence[dict[str, Any]]) -> str:
     """The results as a Markdown table."""
     heads = (
-        "conversion | by | workers | cp GB/s | GB/s | of cp (min-max) | marginal GB/s | "
+        "conversion | by | workers | cp GB/s | GB/s | of cp (min-max) | best | marginal GB/s | "
         "marginal of cp | small s | CPU s/GB | peak MB | above MB | temporary MB | exit"
     ).split(" | ")
     rows = [heads, ["---"] * len(heads)]
@@ -265,6 +287,7 @@ def table(results: Sequence[dict[str, Any]]) -> str:
                 f"{result['cp_gb_s']:.2f}",
                 median(result["gb_s"]),
                 speed,
+                f"{result['best_of_cp']:.2f}" if ratio else "",
                 median(result["marginal"]),
                 median(result["marginal_of_cp"]),
                 f"{result['small_seconds']:.2f}",
