@@ -24,7 +24,8 @@ from .boxes import Box, intersect, row_major, windows
 from .casting import Products, add_windows, scale_window
 from .dtypes import DType
 from .errors import CorruptError, SourceError
-from .sources import File, open_file
+from .open_files import File
+from .sources import open_file
 from .tensors import MEAN, SUM, SUM_OF_PARTS, Combined, LazyTensor, Piece, Scaled, Source
 
 if TYPE_CHECKING:

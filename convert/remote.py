@@ -21,7 +21,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from .errors import HubError, MTTError, UnsupportedError, UsageError
-from .sources import File
+from .open_files import File
 
 _PACKAGES = {
     "http": "aiohttp",

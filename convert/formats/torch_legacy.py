@@ -22,7 +22,7 @@ from typing import Any
 
 from ..dtypes import DType
 from ..errors import UnsupportedError
-from ..sources import File
+from ..open_files import File
 from .opcodes import EndlessError, check
 from .pickles import StorageRef, damaged, load_pickle
 

@@ -26,8 +26,9 @@ from typing import Any, BinaryIO, cast
 from ..boxes import row_major
 from ..dtypes import DType
 from ..errors import SourceError
+from ..open_files import File
 from ..plan import PlannedTensor
-from ..sources import File, Window, open_file
+from ..sources import Window, open_file
 from ..tensors import LazyTensor
 from . import torch_legacy
 from .pickle_writer import Call, Global, StorageKey, dumps
