@@ -53,14 +53,14 @@ class Model:
 
 
 LARGE = Model()
-ROWS = Model(layers=11, ffn=16384, vocab=7999, padded_vocab=8192, gated=False)
+ROWS = Model(layers=12, ffn=16384, vocab=7999, padded_vocab=8192, gated=False)
 DISK = replace(LARGE, layers=6)
 MODELS = {
     "large": LARGE,
     "rows": ROWS,  # nearly every second byte is in a row-parallel weight
     "disk": DISK,
     "large-s": Model(layers=8, hidden=2048, ffn=5632, vocab=7999, padded_vocab=8192),
-    "rows-s": replace(ROWS, layers=7, hidden=2048, ffn=8192),
+    "rows-s": replace(ROWS, layers=8, hidden=2048, ffn=8192),
     "disk-s": Model(layers=4, hidden=2048, ffn=5632, vocab=7999, padded_vocab=8192),
 }
 

@@ -37,7 +37,7 @@ from .reading import (
 )
 from .sums import Sums
 
-_AHEAD = 4
+_AHEAD = 2
 Progress = Callable[[int, int], None]
 
 

@@ -318,7 +318,7 @@ def convert(
         replicated: `error` if ranks hold different copies of a parameter, or take the `first` or
             the `average`; None: `average` for DeepSpeed's checkpoints, else `error`.
         num_workers: threads that write. Each holds about 4 MB; where there are more cores than
-            workers, another thread reads for it, and both hold 12 MB. A target on the Hub has one
+            workers, another thread reads for it, and both hold 8 MB. A target on the Hub has one
             that converts.
         drop_mtp: leave out layers that predict further tokens.
         overwrite: replace an earlier conversion in `target`.

@@ -28,7 +28,7 @@ from .sums import Sums
 LOCK = ".mtt.lock"
 # Linux may keep what one call writes in one stretch of memory. The longest are rare where memory
 # was in use before, and those a virtual machine has may be its host's to give anew.
-_MOST_AT_ONCE = 256 << 10
+_MOST_AT_ONCE = 1 << 20
 
 
 class FileWriter:
