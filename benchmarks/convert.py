@@ -119,6 +119,7 @@ def cases(others: Sequence[Peer]) -> list[Case]:
     lines.append(Case("large", "torch", "hf", 2, ("--hash", "none"), "no hashes"))
     for peer in others:
         target = {"dcp_to_torch_save": "one .pt", "megatron-lm": "torch"}.get(peer.name, "hf")
+        target = "a copy" if peer.options else target
         lines.append(Case("large", peer.format, target, 1, tool=peer.name, peer=peer))
     return lines
 

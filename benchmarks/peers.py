@@ -1,5 +1,6 @@
 """Other converters, as commands on the same input; they run with the Python of the benchmark.
 
+bare               torch     benchmarks/bare.py, always there: no conversion, only its bytes
 naive              torch     benchmarks/naive.py, always there
 dcp_to_torch_save  torch_dist   of torch itself; one file, Megatron's names, no conversion
 slime=PATH         torch_dist   its tools/convert_torch_dist_to_hf.py
@@ -19,11 +20,12 @@ HERE = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Peer:
-    """A converter, what it reads, and its script if it is not installed."""
+    """A converter, what it reads, and its script and options if it is not installed."""
 
     name: str
     format: str
     path: Path | None = None
+    options: tuple[str, ...] = ()
 
     def command(self, checkpoint: Path, out: Path) -> tuple[list[str], dict[str, str]]:
         """The command line, and what its environment needs."""
@@ -44,7 +46,7 @@ class Peer:
                 options += ["--target-tensor-parallel-size", "1", "--megatron-path", str(root)]
                 options += ["--target-pipeline-parallel-size", "1"]
                 return [sys.executable, str(self.path), *options], _on_path(root)
-        return [sys.executable, str(self.path), str(checkpoint), str(out)], {}
+        return [sys.executable, str(self.path), str(checkpoint), str(out), *self.options], {}
 
 
 def _on_path(root: Path) -> dict[str, str]:
@@ -54,7 +56,11 @@ def _on_path(root: Path) -> dict[str, str]:
 
 def peers(named: list[str]) -> list[Peer]:
     """Those that are installed, and those given as NAME=PATH."""
-    found = [Peer("naive", "torch", HERE / "naive.py"), Peer("dcp_to_torch_save", "torch_dist")]
+    found = [
+        *(Peer(f"bare, {n} threads", "torch", HERE / "bare.py", (str(n),)) for n in (2, 1)),
+        Peer("naive", "torch", HERE / "naive.py"),
+        Peer("dcp_to_torch_save", "torch_dist"),
+    ]
     for text in named:
         name, _, path = text.partition("=")
         if not Path(path).is_file():
