@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -75,3 +76,35 @@ def test_commands_start_at_once(command: str, seconds: float, golden, tmp_path: 
         assert process.returncode == 0
         found.append(usage.ru_utime + usage.ru_stime)
     assert min(found) < seconds
+
+
+_INTERRUPTED_AT_THE_START = """
+import sys, types
+import mtt_convert
+
+class Module(types.ModuleType):
+    def __getattr__(self, name):
+        raise KeyboardInterrupt
+
+sys.modules["mtt_convert.cli"] = Module("mtt_convert.cli")
+from mtt_convert.__main__ import run
+run()
+"""
+
+
+def test_ctrl_c_during_the_imports_ends_quietly() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _INTERRUPTED_AT_THE_START], capture_output=True, timeout=60
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"")
+
+
+def test_the_command_is_the_module(tmp_path: Path) -> None:
+    """Exit codes and messages pass, whichever way it is called."""
+    command = os.path.join(sysconfig.get_path("scripts"), "mtt")
+    for start in ([command], [sys.executable, "-m", "mtt_convert"]):
+        done = subprocess.run(
+            [*start, "inspect", tmp_path / "nothing"], capture_output=True, text=True, timeout=60
+        )
+        assert done.returncode == 3
+        assert "nothing" in done.stderr
