@@ -19,7 +19,8 @@ def replace(new: str, old: str) -> None:
     """Give a file the name of another, which may be there; at all times one of them has it.
 
     Raises:
-        OSError: it cannot be done; the old file stays.
+        OSError: it cannot be done, and the old file stays; or it was, and the old file stays under
+            the new one's former name.
     """
     if _exchange(new, old):
         os.unlink(new)

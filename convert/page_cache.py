@@ -31,7 +31,7 @@ def _memory() -> int:
 
 
 def begin_writing(descriptor: int, offset: int, num_bytes: int) -> None:
-    """Let what was just written to a range of a file go to the disk, and wait for nothing.
+    """Have the disk begin with what was just written to a range of a file; nobody waits for it.
 
     It is what `give_back` does at first: what is on its way to the disk is not dropped.
     """

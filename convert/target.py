@@ -26,7 +26,7 @@ from typing import Any
 
 from . import manifest
 from .claims import boot_id
-from .errors import TargetError, UsageError
+from .errors import MTTError, TargetError, UsageError
 from .plan import ConversionPlan, PlannedFile, PlannedTensor
 from .sums import Sums
 from .unchanged import is_same_plan
@@ -366,10 +366,20 @@ class FolderSink:
         self._writer.close()
         self._lock.release()
 
+    def _is_noted_as_whole(self) -> bool:
+        """Whether what ends this run came just after the manifest had got its last form."""
+        if self.manifest["status"] != "complete":
+            return False
+        with contextlib.suppress(MTTError):
+            return bool(manifest.read(self.folder)["status"] == "complete")
+        return False
+
     def _clean_up(self) -> None:
         """Leave the folder as it was found, but for finished files that may be of use."""
         self._writer.close()
-        if self.whole:
+        if self.whole or self._is_noted_as_whole():
+            if not self.whole:
+                self._drop_replaced()
             self._release()
             return
         complete = {n for n, f in self.manifest["files"].items() if f["status"] == "complete"}

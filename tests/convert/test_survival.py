@@ -23,7 +23,15 @@ from typing import Any
 import pytest
 
 import mtt_convert
-from mtt_convert import CorruptError, MTTError, SourceError, TargetError, UsageError, verify
+from mtt_convert import (
+    CorruptError,
+    MTTError,
+    SourceError,
+    TargetError,
+    UsageError,
+    exchange,
+    verify,
+)
 from mtt_convert.claims import boot_id
 from tests.convert.dying import contents, weights
 from tests.convert.sample_targets import HF, MANIFEST, ROOT, SAMPLE, TARGETS, TRACKER, WORDS
@@ -361,6 +369,42 @@ def test_a_disk_that_fills_up_and_is_cleared(
     assert not any(path.name.endswith(".part") for path in out.rglob("*"))
     mtt_convert.convert(SAMPLE, out, resume=True, **options)
     assert contents(out) == contents(expected_folders[target])
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize(
+    "options", [{"keep_same": True}, {"resume": True}, {"overwrite": True}], ids=str
+)
+def test_an_interruption_while_the_manifest_gets_its_last_form(
+    options: dict[str, Any],
+    after: bool,
+    place: Path,
+    expected_folders: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What it finds to be whole stays, and the same command goes on in any case."""
+    if "overwrite" in options:
+        mtt_convert.convert(SAMPLE, place, dtype="float32")
+
+    def exchanged(new: str, old: str) -> bool:
+        is_last = json.loads(Path(new).read_text())["status"] == "complete"
+        if is_last and not after:
+            raise KeyboardInterrupt
+        os.replace(new, old)
+        if is_last:
+            raise KeyboardInterrupt
+        Path(new).touch()  # what is removed next
+        return True
+
+    monkeypatch.setattr(exchange, "_exchange", exchanged)
+    with pytest.raises(KeyboardInterrupt):
+        mtt_convert.convert(SAMPLE, place, **HF, **options)
+    monkeypatch.undo()
+    if after:
+        assert contents(place) == contents(expected_folders["hf"])
+        assert not verify(place).problems
+    mtt_convert.convert(SAMPLE, place, **HF, **options)
+    assert contents(place) == contents(expected_folders["hf"])
 
 
 @pytest.mark.parametrize("call", ["open", "replace", "fsync", "mkdir"])
