@@ -1,4 +1,4 @@
-"""Replaces a file in one step, without waiting for the disk.
+"""Small files that are written, and replaced, in one step, without waiting for the disk.
 
 To rename a file over another has ext4 write the new one out first (auto_da_alloc, fs/ext4/namei.c),
 behind all that waits for the disk: a tenth of a second while a model is written. To exchange their
@@ -8,11 +8,37 @@ wrote it.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
+
+
+def write(path: str, data: bytes, suffix: str = ".part", *, keeps: bool = False) -> None:
+    """Write a file, or replace it; it reaches the disk before it gets its name if it `keeps`.
+
+    Args:
+        path: of the file.
+        data: all of it.
+        suffix: what its name ends with meanwhile.
+        keeps: whether it is to survive the machine.
+
+    Raises:
+        OSError: it cannot be done; nothing under the unfinished name is left.
+    """
+    try:
+        with open(path + suffix, "wb") as file:
+            file.write(data)
+            if keeps:
+                file.flush()
+                os.fsync(file.fileno())
+        replace(path + suffix, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(path + suffix)
+        raise
 
 
 def replace(new: str, old: str) -> None:

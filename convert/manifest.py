@@ -16,7 +16,6 @@ started whose memory may still hold some of it, or null if all of it is on the d
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
@@ -25,6 +24,7 @@ from typing import Any, Protocol, cast
 
 import xxhash
 
+from . import exchange
 from .dtypes import DTYPES
 from .errors import (
     CorruptError,
@@ -33,7 +33,6 @@ from .errors import (
     SourceError,
     UsageError,
 )
-from .exchange import replace
 from .plan import ConversionPlan, PlannedFile, document
 
 NAME, PARTS = "mtt_manifest.json", ".mtt.parts"
@@ -124,18 +123,7 @@ def write(
     keeps: bool = False,
 ) -> None:
     """Replace the manifest of a folder in one step, which reaches the disk if it `keeps`."""
-    temporary = os.path.join(folder, name + suffix)
-    try:
-        with open(temporary, "wb") as file:
-            file.write(document(manifest))
-            if keeps:
-                file.flush()
-                os.fsync(file.fileno())
-        replace(temporary, os.path.join(folder, name))
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
+    exchange.write(os.path.join(folder, name), document(manifest), suffix, keeps=keeps)
 
 
 def _check(manifest: Any) -> None:

@@ -377,9 +377,10 @@ class FolderSink:
     def _clean_up(self) -> None:
         """Leave the folder as it was found, but for finished files that may be of use."""
         self._writer.close()
-        if self.whole or self._is_noted_as_whole():
-            if not self.whole:
-                self._drop_replaced()
+        if not self.whole and self._is_noted_as_whole():
+            self.whole = True
+            self._drop_replaced()
+        if self.whole:
             self._release()
             return
         complete = {n for n, f in self.manifest["files"].items() if f["status"] == "complete"}

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from operator import itemgetter
 from typing import Any
 
-from . import manifest, page_cache
+from . import exchange, manifest, page_cache
 from .errors import TargetError
 from .plan import PlannedFile, PlannedTensor
 from .sums import Sums
@@ -216,12 +216,7 @@ def write_document(
     if _holds(path, data):
         return
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    with open(path + suffix, "wb") as file:
-        file.write(data)
-        if keeps:
-            file.flush()
-            os.fsync(file.fileno())
-    os.replace(path + suffix, path)
+    exchange.write(path, data, suffix, keeps=keeps)
 
 
 def _holds(path: str, data: bytes) -> bool:

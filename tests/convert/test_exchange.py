@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from mtt_convert.exchange import replace
+from mtt_convert.exchange import replace, write
 
 
 def refuses(*_: object) -> int:
@@ -54,3 +55,25 @@ def test_the_old_file_stays_where_there_is_no_new_one(tmp_path: Path, way: str) 
     with pytest.raises(FileNotFoundError):
         replace(str(tmp_path / "new"), str(tmp_path / "old"))
     assert (tmp_path / "old").read_bytes() == b"old"
+
+
+@pytest.mark.parametrize("keeps", [False, True])
+def test_a_file_is_written_and_replaced(tmp_path: Path, way: str, keeps: bool) -> None:
+    path = tmp_path / "file"
+    for data in (b"first", b"second"):
+        write(str(path), data, ".unfinished", keeps=keeps)
+        assert path.read_bytes() == data
+        assert os.listdir(tmp_path) == ["file"]
+
+
+def test_nothing_unfinished_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_bytes(b"old")
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
+        write(str(tmp_path / "file"), b"new", keeps=True)
+    assert (tmp_path / "file").read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["file"]
