@@ -19,7 +19,7 @@ from collections.abc import Iterable
 from typing import Any
 from urllib.parse import quote
 
-from . import exchange
+from . import small_files
 from .errors import TargetError, UsageError
 from .hub import Blob, HubPlace
 from .writing import LOCK, FolderLock, target_error
@@ -139,6 +139,6 @@ class UploadState:
         state = {"schema": _SCHEMA, "work": self._work, "files": self.files}
         path = os.path.join(self.folder, _STATE)
         try:
-            exchange.write(path, json.dumps(state).encode())
+            small_files.write(path, json.dumps(state).encode())
         except OSError as error:
             raise target_error(self.folder, error) from error

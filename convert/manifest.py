@@ -24,7 +24,7 @@ from typing import Any, Protocol, cast
 
 import xxhash
 
-from . import exchange
+from . import small_files
 from .dtypes import DTYPES
 from .errors import (
     CorruptError,
@@ -123,7 +123,7 @@ def write(
     keeps: bool = False,
 ) -> None:
     """Replace the manifest of a folder in one step, which reaches the disk if it `keeps`."""
-    exchange.write(os.path.join(folder, name), document(manifest), suffix, keeps=keeps)
+    small_files.write(os.path.join(folder, name), document(manifest), suffix, keeps=keeps)
 
 
 def _check(manifest: Any) -> None:

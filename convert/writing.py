@@ -20,7 +20,7 @@ from collections.abc import Callable
 from operator import itemgetter
 from typing import Any
 
-from . import exchange, manifest, page_cache
+from . import manifest, page_cache, small_files
 from .errors import TargetError
 from .plan import PlannedFile, PlannedTensor
 from .sums import Sums
@@ -216,7 +216,7 @@ def write_document(
     if _holds(path, data):
         return
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    exchange.write(path, data, suffix, keeps=keeps)
+    small_files.write(path, data, suffix, keeps=keeps)
 
 
 def _holds(path: str, data: bytes) -> bool:

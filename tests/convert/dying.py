@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import mtt_convert
-from mtt_convert import exchange
+from mtt_convert import small_files
 
 DEAD, FAILED = 99, 98
 _CALLS = ("pwrite", "replace", "rename", "fsync", "unlink", "mkdir", "rmdir", "open")
@@ -54,7 +54,7 @@ def _patch(count: _Count) -> None:
         changes = _creates if name == "open" else lambda *args, **options: True
         setattr(os, name, count.wrap(getattr(os, name), changes))
     builtins.open = count.wrap(builtins.open, _writes)
-    exchange._exchange = count.wrap(exchange._exchange, lambda *args: True)
+    small_files._exchange = count.wrap(small_files._exchange, lambda *args: True)
 
 
 def _creates(path: object, flags: int, *args: object, **options: object) -> bool:

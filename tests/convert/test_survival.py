@@ -29,7 +29,7 @@ from mtt_convert import (
     SourceError,
     TargetError,
     UsageError,
-    exchange,
+    small_files,
     verify,
 )
 from mtt_convert.claims import boot_id
@@ -398,7 +398,7 @@ def test_an_interruption_while_the_manifest_gets_its_last_form(
         Path(new).touch()  # what is removed next
         return True
 
-    monkeypatch.setattr(exchange, "_exchange", exchanged)
+    monkeypatch.setattr(small_files, "_exchange", exchanged)
     with pytest.raises(KeyboardInterrupt):
         mtt_convert.convert(SAMPLE, place, **HF, **options)
     monkeypatch.undo()

@@ -1,4 +1,4 @@
-"""Replacing a file, by exchanging names where the system can."""
+"""Small files: written, and replaced by exchanging names where the system can."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from mtt_convert.exchange import replace, write
+from mtt_convert.small_files import replace, write
 
 
 def refuses(*_: object) -> int:
