@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 
 import mtt_convert
-from mtt_convert import execute, page_cache, sources, sums, writing
+from mtt_convert import execute, page_cache, reading, sources, sums, writing
 from mtt_convert.ahead import ahead
 from mtt_convert.dtypes import DTYPES
 from mtt_convert.plan import ConversionPlan, PlannedFile, PlannedTensor
@@ -358,6 +358,18 @@ def test_other_errors_of_preadv_are_errors(
     assert os.strerror(code) in str(caught.value)
 
 
+def test_checksums_go_on_from_window_to_window(
+    golden: Golden, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"to": "torch", "tp": 2}
+    mtt_convert.convert(golden(TORCH), tmp_path / "usual", **options)
+    monkeypatch.setattr(reading, "WINDOW_BYTES", 1024)
+    mtt_convert.convert(golden(TORCH), tmp_path / "out", **options)
+    assert snapshot(tmp_path / "out") == snapshot(tmp_path / "usual")
+    for path in (tmp_path / "out").rglob("*.pt"):
+        assert zipfile.ZipFile(path).testzip() is None
+
+
 def test_checksums_without_zlib_ng(
     golden: Golden, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -412,7 +424,7 @@ def conversion(
     monkeypatch.setattr(os, "posix_fadvise", fadvise)
     monkeypatch.setattr(page_cache, "_memory", lambda: memory)
     monkeypatch.setattr(page_cache, "LEAST_BYTES", 1)
-    monkeypatch.setattr(page_cache, "EVERY_BYTES", 1 << 18)
+    monkeypatch.setattr(page_cache, "EVERY_BYTES", 1 << 13 if resume else 1 << 18)
     mtt_convert.convert(golden(TORCH), out, resume=resume)
     return given
 
@@ -446,8 +458,9 @@ def test_a_small_one_leaves_it(
 def test_what_is_to_survive_goes_to_the_disk_while_more_is_written(
     golden: Golden, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every byte of every tensor, once."""
+    """Every byte of every tensor, once, also of those that take several windows."""
     out = tmp_path / "out"
+    monkeypatch.setattr(reading, "WINDOW_BYTES", 4096)
     begun = conversion(golden, out, monkeypatch, memory=1 << 30, resume=True)
     assert {name for name, _, _ in begun} == {str(out / "model.safetensors.part")}
     weights = out / "model.safetensors"
